@@ -1,0 +1,3 @@
+"""klray: Karhunen-Loève diffusion experiments on Ray."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,336 @@
+"""A run's configuration: strict models, presets, and the one function that overrides them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from klray.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class ConfigError(UserError):
+    """A setting breaks a rule; the message is one line: the key, the rule, the value, the way out."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(_Section):
+    name: Literal["digits", "mnist", "cifar10", "celeba", "folder", "zip"] = "digits"
+    path: str | None = None  # of a folder or a ZIP; the others lie under KLRAY_DATA
+    image_size: PositiveInt = 8
+    channels: PositiveInt = 1
+    resize: Literal["bilinear", "pad"] = "bilinear"
+    flip: bool = False  # random horizontal flips, drawn on the device
+    download: bool = False
+    limit: PositiveInt | None = None  # keep only so many training images
+    held_out: PositiveInt | None = None
+
+
+class Process(_Section):
+    num_terms: int = Field(default=8, ge=0)  # M; 0 is the VP baseline
+    kind: Literal["kl", "vp_ensemble", "vp_truncated"] = "kl"  # the last two: control arms of a comparison
+    marginal: Literal["matched", "truncated", "paper"] = "matched"
+    time_grid: Literal["continuous"] | PositiveInt = "continuous"  # or N: training times uniform on n/N
+    beta_min: float = Field(default=0.1, gt=0)
+    beta_max: float = Field(default=20.0, gt=0)
+
+
+class Loss(_Section):
+    coupling: Literal["joint", "separable"] = "joint"
+    partial_terms: PositiveInt | None = None  # K <= M; null: all terms
+    prediction: Literal["term", "coefficient", "share"] = "term"
+    term_chunk: PositiveInt | None = None  # terms evaluated at once; null: all that the rank has
+
+
+class Network(_Section):
+    kind: Literal["unet", "mlp"] = "unet"
+    architecture: Literal["repeated", "wide"] = "repeated"
+    term_input: Literal["class_embedding", "time_offset"] = "class_embedding"
+    channels: list[PositiveInt] = [16, 32]
+    attention: list[bool] = [False, False]
+    layers_per_block: PositiveInt = 1
+    norm_groups: PositiveInt = 8
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    width: PositiveInt = 128  # of the mlp
+    init_from: str | None = None  # a baseline's checkpoint
+
+
+class Optimizer(_Section):
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_images: int = Field(default=0, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    batch_size: PositiveInt = 64  # over all workers
+    micro_batch: PositiveInt | None = None  # images of one forward pass on one worker; null: all it has
+    max_nonfinite: PositiveInt = 20  # consecutive steps with a non-finite gradient before the run stops
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pair(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("betas"), list):
+            return {**values, "betas": tuple(values["betas"])}
+        return values
+
+
+class Ema(_Section):
+    decay: float = Field(default=0.999, ge=0, lt=1)
+    every: PositiveInt = 1  # optimiser steps between updates
+    warmup: bool = True  # decay at most (1 + n)/(10 + n) at update n
+
+
+class Precision(_Section):
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 on GPUs that have it, else off
+    compile: bool = False
+    channels_last: bool = False
+
+
+class Mesh(_Section):
+    data: PositiveInt | None = None  # null: the workers that the basis axis leaves
+    basis: PositiveInt | Literal["auto"] = 1
+
+
+class Budget(_Section):
+    unit: Literal["images", "network_evals", "seconds", "steps"] = "images"
+    amount: float = Field(default=100_000, gt=0)
+
+
+class Validation(_Section):
+    every_images: PositiveInt = 20_000
+    images: PositiveInt = 256
+    time_bins: PositiveInt = 10
+    batch_size: PositiveInt = 256
+
+
+class Checkpoint(_Section):
+    every_images: PositiveInt = 50_000
+    keep: PositiveInt = 2
+
+
+class Sampling(_Section):
+    solver: str = "ddim"
+    num_steps: PositiveInt = 20
+    timesteps: str = "logsnr"
+    clip_x0: bool = True
+    every_images: PositiveInt = 50_000
+    images: PositiveInt = 64
+    batch_size: PositiveInt = 64
+
+
+class Tracking(_Section):
+    uri: str | None = None  # null: sqlite:///mlflow.db in the working folder; "off": no MLflow
+    experiment: str = "klray"
+    every_steps: PositiveInt = 50
+
+
+class Config(_Section):
+    """Everything that defines a run. ``preset`` is the name that the run is called after."""
+
+    preset: str = "custom"
+    seed: int = Field(default=0, ge=0)
+    data: Data = Data()
+    process: Process = Process()
+    loss: Loss = Loss()
+    network: Network = Network()
+    optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
+    precision: Precision = Precision()
+    mesh: Mesh = Mesh()
+    budget: Budget = Budget()
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    sampling: Sampling = Sampling()
+    tracking: Tracking = Tracking()
+
+    @property
+    def terms_per_step(self) -> int:
+        """K, the terms that a training step evaluates; 1 for the baseline."""
+        one = self.process.num_terms == 0 or self.process.kind == "vp_truncated"
+        return 1 if one else self.loss.partial_terms or self.process.num_terms
+
+    @property
+    def evals_per_image(self) -> int:
+        """Network evaluations per training image: 1 for ``wide`` and the baseline, else K."""
+        return 1 if self.network.architecture == "wide" else self.terms_per_step
+
+    @model_validator(mode="after")
+    def _rules(self) -> Config:
+        process, loss, network = self.process, self.loss, self.network
+        terms, partial = process.num_terms, loss.partial_terms
+        if partial is not None and terms > 0 and partial > terms:
+            raise ConfigError(f"loss.partial_terms must be <= process.num_terms = {terms}, got {partial}; try {terms}")
+        if partial is not None and terms == 0:
+            raise ConfigError(f"loss.partial_terms needs process.num_terms > 0, got {partial} for the VP baseline")
+        if process.kind != "kl" and terms == 0:
+            raise ConfigError(f"process.kind {process.kind} needs process.num_terms >= 1, got 0")
+        if process.kind == "vp_ensemble" and (loss.coupling, partial or terms) != ("joint", terms):
+            raise ConfigError("process.kind vp_ensemble is the VP loss of all terms' sum: loss.coupling must be joint")
+        if process.beta_max < process.beta_min:
+            raise ConfigError(f"process.beta_max must be >= beta_min = {process.beta_min}, got {process.beta_max}")
+        if network.architecture == "wide":
+            if self.mesh.basis not in (1, "auto"):
+                raise ConfigError(
+                    f"mesh.basis must be 1 for network.architecture wide, got {self.mesh.basis}: one call gives all terms"
+                )
+            if loss.term_chunk is not None:
+                raise ConfigError(
+                    "loss.term_chunk must be null for network.architecture wide: one call gives all terms"
+                )
+            if network.term_input == "time_offset":
+                raise ConfigError("network.term_input time_offset is for architecture repeated; wide has no term input")
+        if network.term_input == "time_offset" and process.time_grid == "continuous":
+            raise ConfigError("network.term_input time_offset needs process.time_grid to be a number N, got continuous")
+        if len(network.channels) != len(network.attention):
+            raise ConfigError(
+                f"network.attention needs one value for each of the {len(network.channels)} network.channels, "
+                f"got {len(network.attention)}"
+            )
+        if network.kind == "unet":
+            if any(width % network.norm_groups for width in network.channels):
+                raise ConfigError(
+                    f"network.channels must be multiples of norm_groups = {network.norm_groups}, got {network.channels}"
+                )
+            halvings = 2 ** (len(network.channels) - 1)
+            if self.data.image_size % halvings:
+                raise ConfigError(
+                    f"data.image_size must be a multiple of {halvings} for {len(network.channels)} network.channels, "
+                    f"got {self.data.image_size}"
+                )
+        if self.data.name in ("folder", "zip") and self.data.path is None:
+            raise ConfigError(f"data.path must name the {self.data.name}; set data.path=...")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: all but the budget's size, the mesh, and where and how often to report."""
+        full = self.model_dump(mode="json")
+        for section in ("mesh", "tracking", "checkpoint"):
+            del full[section]
+        del full["budget"]["amount"]
+        return full
+
+    def default_name(self) -> str:
+        """preset + hash of what makes the run."""
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return f"{self.preset}-{digest[:8]}"
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted keys to values, as on the command line and in MLflow's params."""
+        return flatten(self.model_dump(mode="json"))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with klray."""
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
+    """A preset's name or a YAML file, with overrides ``a.b=value`` (values are YAML).
+
+    Raises:
+        ConfigError: for an unknown preset or key, a wrong type, or settings that break a rule together.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PRESETS / f"{name_or_path}.yaml"
+        if not path.is_file():
+            raise ConfigError(f"unknown preset {name_or_path!r}{_nearest(name_or_path, preset_names())}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {getattr(error, 'strerror', error)}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections (data, process, ...), got {type(tree).__name__}")
+    return override({"preset": path.stem, **tree}, [_parse(text) for text in overrides])
+
+
+def override(tree: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> Config:
+    """The configuration that ``tree`` with dotted changes describes; the command line, studies and tests call this.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    merged = json.loads(json.dumps(tree))
+    for key, value in changes:
+        *sections, leaf = key.split(".")
+        node = merged
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"unknown key {key}: {section} is not a section{_nearest(key, _known_keys())}")
+        node[leaf] = value
+    try:
+        return Config.model_validate(_numbers(merged))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes key=value, got {text!r}; for example optimizer.lr=2e-4")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of --set {key.strip()} is not valid YAML: {value!r}") from error
+
+
+def _numbers(tree: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text; every such text in a configuration means the number."""
+    if isinstance(tree, dict):
+        return {key: _numbers(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_numbers(value) for value in tree]
+    if isinstance(tree, str) and "e" in tree.lower():
+        try:
+            return float(tree)
+        except ValueError:
+            return tree
+    return tree
+
+
+def _known_keys() -> list[str]:
+    return list(Config().flat())
+
+
+def _nearest(word: str, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    known = "" if len(choices) > 20 else f"; known: {', '.join(choices)}"
+    return f"{'; did you mean ' + close[0] + '?' if close else ''}{known}"
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first thing that is wrong."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(key, _known_keys())}"
+    # A union reports every branch; the rule is what all of them allow.
+    same = [e for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
+    key = ".".join(str(part) for part in first["loc"][:2])
+    rules = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in same))
+    return f"{key} must be {rules}, got {first['input']!r}"

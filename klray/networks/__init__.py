@@ -1,0 +1,1 @@
+"""Backbones with the term index, keyed dropout, folding and export."""

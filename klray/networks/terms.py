@@ -1,0 +1,71 @@
+"""A backbone with the term index: the network that predicts every term of the noise."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from klray.networks.dropout import use_keyed_dropout
+
+ARCHITECTURES = ("repeated", "wide")
+TERM_INPUTS = ("class_embedding", "time_offset")
+
+
+class TermNetwork(nn.Module):
+    """(x_t [B, C, H, W], t [B], terms [K]) -> [B, K, C, H, W].
+
+    Args:
+        backbone: (sample, timestep [B], class_labels [B] or None, return_dict=False) -> ([B, out, H, W],), as
+            diffusers' UNet2DModel.
+        num_terms: M; 1 for the baseline, which has no term index.
+        architecture: ``repeated`` (paper's KL^1): K backbone evaluations an image. ``wide`` (paper's KL^2): one
+            evaluation, whose last layer has M * C channels.
+        term_input: how ``repeated`` is told the term: ``class_embedding``, a label beside the time; or
+            ``time_offset``: t = n/N becomes (n - 1 + m/M)/N, the paper's way, without new parameters.
+        time_grid: N, for ``time_offset``.
+
+    Time is always shown as 1000 t - 1: a sinusoidal embedding fed t in [0, 1] hardly sees it.
+
+    Raises:
+        ValueError: for ``time_offset`` without a time grid.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_terms: int,
+        architecture: str = "repeated",
+        term_input: str = "class_embedding",
+        time_grid: int | None = None,
+    ) -> None:
+        super().__init__()
+        if term_input == "time_offset" and time_grid is None:
+            raise ValueError("term_input time_offset needs process.time_grid to be a number, the N of t = n/N")
+        self.backbone = backbone
+        self.num_terms, self.wide = num_terms, architecture == "wide"
+        self.time_grid = time_grid if term_input == "time_offset" and not self.wide else None
+        self.dropout_keys = use_keyed_dropout(backbone)
+
+    @property
+    def evals_per_image(self) -> int | None:
+        """Backbone evaluations that all terms cost; None where each term costs one."""
+        return 1 if self.wide else None
+
+    def forward(self, x: Tensor, t: Tensor, terms: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
+        """``dropout_keys`` [rows, 2]: one Philox key a backbone row (B * K rows, image-major; B if ``wide``)."""
+        self.dropout_keys.rows = dropout_keys
+        if self.wide:
+            output = self._backbone(x, t, None).unflatten(1, (self.num_terms, x.shape[1]))
+            return output if len(terms) == self.num_terms else output[:, terms]
+        count = len(terms)
+        rows, time, term = x.repeat_interleave(count, 0), t.repeat_interleave(count), terms.repeat(len(x))
+        if self.time_grid is not None:
+            time, term = time + ((term + 1) / self.num_terms - 1) / self.time_grid, None
+        elif self.num_terms == 1:
+            term = None
+        return self._backbone(rows, time, term).unflatten(0, (len(x), count))
+
+    def _backbone(self, x: Tensor, t: Tensor, term: Tensor | None) -> Tensor:
+        label = {} if term is None else {"class_labels": term}
+        parameter = next(self.backbone.parameters())
+        time = (1000 * t.double() - 1).to(parameter.dtype)
+        return self.backbone(x.to(parameter.dtype), time, return_dict=False, **label)[0]

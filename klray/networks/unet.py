@@ -1,0 +1,45 @@
+"""The U-Net of Ho et al. (arXiv 2006.11239) through diffusers' UNet2DModel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusers import UNet2DModel
+
+
+def build_unet(
+    *,
+    image_size: int,
+    in_channels: int,
+    out_channels: int,
+    channels: Sequence[int],
+    attention: Sequence[bool],
+    layers_per_block: int = 2,
+    dropout: float = 0.0,
+    norm_groups: int = 32,
+    num_classes: int | None = None,
+) -> UNet2DModel:
+    """A UNet2DModel; channels (128, 256, 256, 256) with attention at 16 x 16 is Ho et al.'s net for CIFAR-10.
+
+    Args:
+        channels: width of each resolution, from the full one down.
+        attention: whether that resolution attends to itself.
+        num_classes: M for a class embedding of the term; None for none.
+    """
+    return UNet2DModel(
+        sample_size=image_size,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        block_out_channels=tuple(channels),
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        layers_per_block=layers_per_block,
+        dropout=dropout,
+        norm_num_groups=norm_groups,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        num_class_embeds=num_classes,
+    )

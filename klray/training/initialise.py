@@ -1,0 +1,49 @@
+"""Starting from a pretrained baseline (network.init_from)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from klray.config import Config, ConfigError
+from klray.errors import UserError
+from klray.networks.terms import TermNetwork
+from klray.networks.weights import start_from_baseline
+from klray.training.checkpoint import load_network
+
+
+def initialise(config: Config, network: TermNetwork, warn: Callable[[str], None]) -> None:
+    """Copies the weights that ``network.init_from`` names, if any: a klray run or checkpoint, or a diffusers folder.
+
+    Raises:
+        UserError: for a missing or unfit baseline.
+    """
+    if config.network.init_from is None:
+        return
+    try:
+        exact = start_from_baseline(network, _baseline(Path(config.network.init_from)), config.loss.prediction)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not exact:
+        what = f"loss.prediction {config.loss.prediction}, network.term_input {config.network.term_input}"
+        warn(f"network.init_from: with {what} the start only approximates the baseline")
+
+
+def _baseline(path: Path) -> dict[str, Tensor]:
+    for folder in (path / "unet", path):
+        file = folder / "diffusion_pytorch_model.safetensors"
+        if file.is_file():
+            try:
+                return load_file(file)
+            except SafetensorError as error:
+                raise ConfigError(f"network.init_from: {file} is torn or no safetensors file: {error}") from error
+    config, network = load_network(path)
+    if network.num_terms != 1:
+        raise ConfigError(f"network.init_from must be a baseline (one term), {path} has M = {network.num_terms}")
+    return network.backbone.state_dict()

@@ -1,0 +1,183 @@
+"""The training loop: step, log, validate, sample, checkpoint. It runs alone, under torchrun and under Ray alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from klray.build import build_denoiser, build_network, build_process, build_sampler
+from klray.config import Config
+from klray.parallel.mesh import Mesh
+from klray.training.checkpoint import load_latest, restore, save_checkpoint
+from klray.training.data import ImageData
+from klray.training.images import ImageStream
+from klray.training.initialise import initialise
+from klray.training.sampling import image_grid, sample_images
+from klray.training.state import Progress, TrainState, ema_network, new_state
+from klray.training.step import TrainStep
+from klray.training.validate import validate
+
+# (progress, metrics, images): called on every rank with the same metrics; images [h, w, 3] uint8 on rank 0 alone.
+Report = Callable[[Progress, dict[str, float], dict[str, np.ndarray]], None]
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a non-finite gradient."""
+
+
+def train(
+    config: Config,
+    data: ImageData,
+    *,
+    mesh: Mesh,
+    device: torch.device,
+    run_dir: Path,
+    report: Report,
+    provenance: dict[str, Any] | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Progress:
+    """Trains until the budget is used, from the newest whole checkpoint of ``run_dir`` on.
+
+    Raises:
+        NonFiniteError: after ``optimizer.max_nonfinite`` steps in a row without a finite gradient.
+        CheckpointError: where the run has checkpoints and none is whole.
+    """
+    process = build_process(config)
+    network = build_network(config)
+    latest = load_latest(run_dir, warn)
+    if latest is None:
+        initialise(config, network, warn)
+    state = new_state(config, network, device)
+    if latest is not None:
+        restore(latest, state)
+    images = ImageStream(data.train, config.seed, config.data.flip, device)
+    held_out = torch.from_numpy(np.ascontiguousarray(data.held_out))
+    step = TrainStep(config, process, state, images, mesh, device)
+    provenance = {**(provenance or {}), "data_fingerprint": data.fingerprint}
+    meter = _Meter(config, state, mesh, device)
+    progress = state.progress
+    done = budget_used(config, progress) >= 1 or not _fits(config, progress)
+    network.train()
+    while not done:
+        meter.start()
+        meter.add(step())
+        # A first step holds the compilation, which is not training time.
+        meter.stop(counts=not (config.precision.compile and meter.first))
+        done = not _fits(config, progress)
+        if done or progress.step % config.tracking.every_steps == 0:
+            metrics = meter.metrics()
+            _check_finite(state, config)
+            report(progress, metrics, {})
+        if done or _due(config.validation.every_images, config, progress):
+            report(progress, validate(config, process, ema_network(state), held_out, mesh, device), {})
+        if done or _due(config.sampling.every_images, config, progress):
+            report(progress, {}, _sample_grid(config, state, data, mesh, device))
+        if done or _due(config.checkpoint.every_images, config, progress):
+            _check_finite(state, config)
+            if mesh.rank == 0:
+                save_checkpoint(run_dir, state, config, provenance, config.checkpoint.keep)
+            mesh.sum_over_all(torch.zeros(1, device=device))  # nobody goes on before the checkpoint is whole
+    return progress
+
+
+def budget_used(config: Config, progress: Progress) -> float:
+    """The fraction of the budget that is used."""
+    used = {**asdict(progress), "images": progress.images_seen, "steps": progress.step}[config.budget.unit]
+    return used / config.budget.amount
+
+
+def _fits(config: Config, progress: Progress) -> bool:
+    """Whether another step fits into the budget; the first always does. Seconds are used up, not fitted."""
+    batch = config.optimizer.batch_size
+    cost = {"steps": 1, "images": batch, "network_evals": batch * config.evals_per_image, "seconds": 0}
+    used = budget_used(config, progress) + cost[config.budget.unit] / config.budget.amount
+    return used < 1 if config.budget.unit == "seconds" else used <= 1 + 1e-12 or progress.step == 0
+
+
+def _due(every_images: int, config: Config, progress: Progress) -> bool:
+    return progress.step % max(1, every_images // config.optimizer.batch_size) == 0
+
+
+def _check_finite(state: TrainState, config: Config) -> None:
+    in_a_row = int(state.nonfinite[1])
+    if in_a_row >= config.optimizer.max_nonfinite:
+        raise NonFiniteError(
+            f"{in_a_row} steps in a row had a non-finite gradient, up to step {state.progress.step}; "
+            "lower optimizer.lr or set precision.amp=off. The last checkpoint is from before."
+        )
+
+
+def _sample_grid(
+    config: Config, state: TrainState, data: ImageData, mesh: Mesh, device: torch.device
+) -> dict[str, np.ndarray]:
+    """A grid of images from seeds 0, 1, ...; batches are spread over the ranks."""
+    process = build_process(config)
+    solver, grid = build_sampler(config)
+    denoiser = build_denoiser(config, ema_network(state), process)
+    count, size = config.sampling.images, config.sampling.batch_size
+    batches = mesh.share(-(-count // size))
+    seeds = range(min(count, batches.start * size), min(count, batches.stop * size))
+    images = torch.zeros(count, *data.train.shape[1:], device=device)
+    if len(seeds):
+        mine = sample_images(
+            denoiser, solver, grid(process), seeds, data.train.shape[1:], batch_size=size, device=device
+        )
+        images[seeds.start : seeds.stop] = mine.to(images)
+    total = mesh.sum_over_all(images).to(torch.uint8).cpu()
+    return {"samples": image_grid(total)} if mesh.rank == 0 else {}
+
+
+class _Meter:
+    """Training seconds and rates since the last report."""
+
+    def __init__(self, config: Config, state: TrainState, mesh: Mesh, device: torch.device) -> None:
+        self.config, self.state, self.mesh, self.device = config, state, mesh, device
+        self.first = True
+        self.losses: list[torch.Tensor] = []
+        self.mark = (state.progress.images_seen, state.progress.network_evals, state.progress.seconds)
+        self.began = 0.0
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.losses.append(loss)
+
+    def stop(self, counts: bool) -> None:
+        in_seconds = self.config.budget.unit == "seconds"
+        if self.device.type == "cuda" and (self.first or in_seconds or len(self.losses) == 1):
+            torch.cuda.synchronize(self.device)
+        progress = self.state.progress
+        if counts:
+            progress.seconds += time.perf_counter() - self.began
+        self.first = False
+        if in_seconds:
+            seconds = torch.tensor(progress.seconds, dtype=torch.float64, device=self.device)
+            progress.seconds = float(self.mesh.from_first(seconds))
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the steps since the last call; equal on every rank."""
+        progress, waited = self.state.progress, time.perf_counter()
+        loss = self.mesh.sum_over_all(torch.stack(self.losses).double().mean()) / self.mesh.data_size
+        skipped, value = int(self.state.nonfinite[0]), float(loss)  # waits for the device
+        progress.seconds += time.perf_counter() - waited
+        images, evals, seconds = self.mark
+        elapsed = max(progress.seconds - seconds, 1e-9)
+        self.mark = (progress.images_seen, progress.network_evals, progress.seconds)
+        self.losses.clear()
+        metrics = {
+            "train/loss": value,
+            "train/skipped_steps": float(skipped),
+            "train/lr": self.state.optimizer.param_groups[0]["lr"],
+            "perf/images_per_s": (progress.images_seen - images) / elapsed,
+            "perf/network_evals_per_s": (progress.network_evals - evals) / elapsed,
+        }
+        if self.device.type == "cuda":
+            metrics["perf/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return metrics
