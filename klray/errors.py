@@ -1,5 +1,9 @@
-"""The base of every error that is the user's to mend."""
+"""What commands report in one line."""
 
 
 class UserError(ValueError):
-    """One line that states the rule, the value and the way out; commands print it and exit with 2."""
+    """The user's to mend: one line that states the rule, the value and the way out. Commands exit with 2."""
+
+
+class RunError(RuntimeError):
+    """A run that started and failed: one line that says why. Commands exit with 1."""

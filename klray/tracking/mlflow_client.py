@@ -98,6 +98,6 @@ def experiment_id(client: Any, uri: str, name: str, artifact_root: Path | None =
 
 
 def brief(error: Exception) -> str:
-    """An error in one short line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """An error in one short line, without passwords."""
+    lines = redact(str(error)).strip().splitlines() or [type(error).__name__]
     return lines[0] if len(lines[0]) <= 300 else f"{lines[0][:300]}..."

@@ -43,6 +43,9 @@ class Sender:
         """
         try:
             if not self._run_checked:
+                self._client = self._client or open_client(self.state.uri)
+                if self._cancelled():
+                    return 0
                 self._find_or_create_run()
             return self._send_values() + self._send_files()
         except Exception:
@@ -51,7 +54,6 @@ class Sender:
             raise
 
     def _find_or_create_run(self) -> None:
-        self._client = self._client or open_client(self.state.uri)
         state = self.state
         if state.run_id is None or not self._is_active(state.run_id):
             experiment = experiment_id(self._client, state.uri, state.experiment)

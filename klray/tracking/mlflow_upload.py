@@ -133,7 +133,7 @@ class Uploader:
 
     def _send(self, sender: Sender) -> None:
         uri, failing, wait = redact(sender.state.uri), False, self._interval
-        while True:
+        while time.monotonic() <= self._deadline:
             last = self._stop.is_set()
             try:
                 sender.send()
@@ -144,9 +144,7 @@ class Uploader:
                 wait = min(2 * wait, LONGEST_WAIT) if failing else self._interval
                 failing = True
                 if last:
-                    if time.monotonic() > self._deadline:
-                        return
-                    time.sleep(min(wait, 0.5))
+                    time.sleep(0.5)
             else:
                 if failing:
                     logger.warning("MLflow at %s takes the records of %s again", uri, self.run_dir)

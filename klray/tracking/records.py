@@ -2,8 +2,8 @@
 
 MLflow, progress lines and figures all read this file, so training waits for no server and an unreachable one loses
 nothing. Every record has ``kind`` and ``time_ms`` (milliseconds since 1970). The other fields, by kind: metrics: step,
-values; params and tags: values; artifact: path, folder; image: key, step, path; status: status. Paths are relative to
-RUN_DIR.
+values; params and tags: values; artifact: path, folder; image: key, step, path; status: status; note: text. Paths are
+relative to RUN_DIR.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import posixpath
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -77,11 +78,13 @@ class RecordWriter:
 
         Raises:
             FileNotFoundError: if it does not exist.
-            ValueError: if it lies outside of the run's directory.
+            ValueError: if it lies outside of the run's directory, or the folder is no plain relative path.
         """
         full, root = Path(path).resolve(strict=True), self.run_dir.resolve()
         if not full.is_relative_to(root):
             raise ValueError(f"an artifact has to lie in the run's directory {root}, got {full}")
+        if folder and (folder.startswith("/") or ".." in folder.split("/") or posixpath.normpath(folder) != folder):
+            raise ValueError(f"the folder of an artifact is a plain relative path such as plots/final, got {folder!r}")
         self._append("artifact", path=full.relative_to(root).as_posix(), folder=folder)
 
     def image(self, key: str, array: NDArray[np.uint8], step: int) -> None:
@@ -115,6 +118,10 @@ class RecordWriter:
         if status not in STATUSES:
             raise ValueError(f"a run's status is one of {', '.join(STATUSES)}, got {status!r}")
         self._append("status", status=status)
+
+    def note(self, text: str) -> None:
+        """Records a line for whoever watches the run."""
+        self._append("note", text=text)
 
     def close(self) -> None:
         """Closes the file; nothing is buffered, so nothing is lost without it."""

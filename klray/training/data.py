@@ -19,11 +19,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from klray.errors import UserError
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 REFUSED_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl", ".ppm", ".pgm")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that are missing, unreadable or asked for wrongly; one line with the rule, the value and the way out."""
 
 

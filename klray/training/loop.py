@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,8 +14,9 @@ import torch
 
 from klray.build import build_denoiser, build_network, build_process, build_sampler
 from klray.config import Config
+from klray.errors import RunError
 from klray.parallel.mesh import Mesh
-from klray.training.checkpoint import load_latest, restore, save_checkpoint
+from klray.training.checkpoint import load_latest, read_state, restore, save_checkpoint
 from klray.training.data import ImageData
 from klray.training.images import ImageStream
 from klray.training.initialise import initialise
@@ -27,7 +29,7 @@ from klray.training.validate import validate
 Report = Callable[[Progress, dict[str, float], dict[str, np.ndarray]], None]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """Too many steps in a row had a non-finite gradient."""
 
 
@@ -39,7 +41,7 @@ def train(
     device: torch.device,
     run_dir: Path,
     report: Report,
-    provenance: dict[str, Any] | None = None,
+    provenance: Callable[[], dict[str, Any]] = dict,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Progress:
     """Trains until the budget is used, from the newest whole checkpoint of ``run_dir`` on.
@@ -59,29 +61,28 @@ def train(
     images = ImageStream(data.train, config.seed, config.data.flip, device)
     held_out = torch.from_numpy(np.ascontiguousarray(data.held_out))
     step = TrainStep(config, process, state, images, mesh, device)
-    provenance = {**(provenance or {}), "data_fingerprint": data.fingerprint}
     meter = _Meter(config, state, mesh, device)
     progress = state.progress
-    done = budget_used(config, progress) >= 1 or not _fits(config, progress)
+    done = not _fits(config, progress)
     network.train()
     while not done:
         meter.start()
-        meter.add(step())
+        meter.losses.append(step())
         # A first step holds the compilation, which is not training time.
         meter.stop(counts=not (config.precision.compile and meter.first))
         done = not _fits(config, progress)
-        if done or progress.step % config.tracking.every_steps == 0:
-            metrics = meter.metrics()
+        checkpoint = done or _due(config.checkpoint.every_images, config, progress)
+        if checkpoint or progress.step % config.tracking.every_steps == 0:
             _check_finite(state, config)
-            report(progress, metrics, {})
+            report(progress, meter.metrics(step), {})
         if done or _due(config.validation.every_images, config, progress):
             report(progress, validate(config, process, ema_network(state), held_out, mesh, device), {})
         if done or _due(config.sampling.every_images, config, progress):
             report(progress, {}, _sample_grid(config, state, data, mesh, device))
-        if done or _due(config.checkpoint.every_images, config, progress):
-            _check_finite(state, config)
+        if checkpoint:
             if mesh.rank == 0:
-                save_checkpoint(run_dir, state, config, provenance, config.checkpoint.keep)
+                described = {"data_fingerprint": data.fingerprint, **provenance()}
+                save_checkpoint(run_dir, state, config, described, config.checkpoint.keep)
             mesh.sum_over_all(torch.zeros(1, device=device))  # nobody goes on before the checkpoint is whole
     return progress
 
@@ -90,6 +91,16 @@ def budget_used(config: Config, progress: Progress) -> float:
     """The fraction of the budget that is used."""
     used = {**asdict(progress), "images": progress.images_seen, "steps": progress.step}[config.budget.unit]
     return used / config.budget.amount
+
+
+def finished(config: Config, run_dir: Path, warn: Callable[[str], None]) -> bool:
+    """Whether the run's newest whole checkpoint has used the budget up.
+
+    Raises:
+        CheckpointError: where the run has checkpoints and none is whole.
+    """
+    latest = load_latest(run_dir, warn)
+    return latest is not None and not _fits(config, Progress(**read_state(latest)["progress"]))
 
 
 def _fits(config: Config, progress: Progress) -> bool:
@@ -146,9 +157,6 @@ class _Meter:
     def start(self) -> None:
         self.began = time.perf_counter()
 
-    def add(self, loss: torch.Tensor) -> None:
-        self.losses.append(loss)
-
     def stop(self, counts: bool) -> None:
         in_seconds = self.config.budget.unit == "seconds"
         if self.device.type == "cuda" and (self.first or in_seconds or len(self.losses) == 1):
@@ -161,7 +169,7 @@ class _Meter:
             seconds = torch.tensor(progress.seconds, dtype=torch.float64, device=self.device)
             progress.seconds = float(self.mesh.from_first(seconds))
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, step: TrainStep) -> dict[str, float]:
         """Means over the steps since the last call; equal on every rank."""
         progress, waited = self.state.progress, time.perf_counter()
         loss = self.mesh.sum_over_all(torch.stack(self.losses).double().mean()) / self.mesh.data_size
@@ -177,7 +185,15 @@ class _Meter:
             "train/lr": self.state.optimizer.param_groups[0]["lr"],
             "perf/images_per_s": (progress.images_seen - images) / elapsed,
             "perf/network_evals_per_s": (progress.network_evals - evals) / elapsed,
+            "perf/data_wait": step.data_seconds / elapsed,
+            "perf/memory_gib": _memory(self.device) / 2**30,
         }
-        if self.device.type == "cuda":
-            metrics["perf/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        step.data_seconds = 0.0
         return metrics
+
+
+def _memory(device: torch.device) -> int:
+    """Peak bytes: allocated on the GPU, or resident of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +34,7 @@ class TrainStep:
         self.amp = amp_dtype(config, device)
         self.parameters = list(state.network.parameters())
         self.has_dropout = config.network.dropout > 0
+        self.data_seconds = 0.0  # waiting for images, until whoever reports it sets it back
         self.synchronised: nn.Module = state.network
         if mesh.size > 1:
             # A fixed bucket layout: DDP otherwise rebuilds its buckets after the first step of each process, so that
@@ -41,10 +44,12 @@ class TrainStep:
             )
 
     def __call__(self) -> Tensor:
-        """Trains on the next batch. Returns this rank's part of the loss, 0-dim; the ranks' mean over data is the loss."""
+        """Trains on the next batch. Returns this rank's part of the loss, 0-dim: sum over basis, mean over data."""
         config, progress = self.config, self.state.progress
         positions = self.mesh.local_positions(config.optimizer.batch_size)
+        began = time.perf_counter()
         x0 = self.images.batch(progress.step, progress.images_seen, positions)
+        self.data_seconds += time.perf_counter() - began
         if config.precision.channels_last:
             x0 = x0.contiguous(memory_format=torch.channels_last)
         micro = config.optimizer.micro_batch or len(positions)

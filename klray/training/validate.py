@@ -61,5 +61,5 @@ def validate(
     means = (totals[0] / totals[1]).tolist()
     errors, losses = means[: len(levels)], means[len(levels) :]
     result = {"val/eps_mse": sum(errors) / len(errors), "val/loss": sum(losses) / len(losses)}
-    result |= {f"val/eps_mse_lam{level:+.2f}": e for level, e in zip(NOISE_LEVELS, errors, strict=True)}
+    result |= {f"val/eps_mse_lam{level:.2f}": e for level, e in zip(NOISE_LEVELS, errors, strict=True)}
     return result | {f"val/loss_t{i:02d}": loss for i, loss in enumerate(losses)}

@@ -1,0 +1,1 @@
+"""Ray: the connection, the training job. Nothing else imports ray or optuna."""

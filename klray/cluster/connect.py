@@ -1,0 +1,50 @@
+"""Connecting to Ray: the cluster that RAY_ADDRESS names, or a private one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# Set before ray is imported; each can be overridden from outside.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often the controller looks at its workers; 2 s delays each report
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def connect() -> None:
+    """Connects once; later calls do nothing. A local cluster listens on loopback only.
+
+    Its dashboard is needed: without the State API, trials that are stopped never free their workers.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    runtime_env = {"env_vars": {key: os.environ[key] for key in _ENVIRONMENT}}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env=runtime_env, log_to_driver=False)
+        return
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    ray.init(
+        address="local",
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        _node_ip_address="127.0.0.1",
+        runtime_env=runtime_env,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def cluster_size() -> tuple[int, int]:
+    """(CPUs, GPUs) of the connected cluster."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))

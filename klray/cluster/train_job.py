@@ -1,0 +1,110 @@
+"""A training run on Ray Train: one worker for each place of the data x basis mesh."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from klray.cluster.connect import cluster_size
+from klray.config import Config, override
+from klray.errors import RunError, UserError
+from klray.tracking.train_run import train_and_record
+from klray.training.data import ImageData
+
+
+class WorkersError(UserError):
+    """The cluster cannot hold the workers that were asked for."""
+
+
+class TrainingError(RunError):
+    """Training failed for a reason that a restart does not mend, or more often than is allowed."""
+
+
+def run_on_ray(
+    config: Config,
+    data: ImageData,
+    *,
+    mesh_shape: tuple[int, int],
+    run_dir: Path,
+    provenance: dict[str, Any],
+    max_failures: int = 10,
+) -> None:
+    """Trains on a worker group; a lost worker restarts the group from the last whole checkpoint.
+
+    klray's own checkpoints in RUN_DIR are the ones resumed from, so that every runner continues every other's run;
+    Ray gets metrics after each validation.
+
+    Raises:
+        WorkersError: where the cluster has too few GPUs.
+        TrainingError: where training failed for good.
+    """
+    workers = mesh_shape[0] * mesh_shape[1]
+    cpus, gpus = cluster_size()
+    use_gpu = gpus > 0
+    if use_gpu and workers > gpus:
+        raise WorkersError(f"--workers must be at most the cluster's GPUs, {gpus}, got {workers}")
+    # On a machine with fewer cores than workers they share them.
+    share = cpus // workers if cpus >= workers else int(1000 * cpus / workers) / 1000
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "data": ray.put({"train": data.train, "held_out": data.held_out}),
+            "fingerprint": data.fingerprint,
+            "mesh_shape": mesh_shape,
+            "run_dir": str(run_dir),
+            "provenance": provenance,
+            "threads": max(1, int(share)),
+        },
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": share}),
+        # A name of its own for each attempt: Ray would otherwise resume from its own snapshot of the one before.
+        run_config=RunConfig(
+            name=f"attempt_{time.time_ns()}",
+            storage_path=str(run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(f"the workers failed more than {max_failures} times: {_last_line(error)}") from error
+    outcome = result.return_value or {}
+    if "error" in outcome:
+        raise TrainingError(outcome["error"])
+
+
+def _worker(settings: dict[str, Any]) -> dict[str, str]:
+    torch.set_num_threads(settings["threads"])
+    arrays = ray.get(settings["data"])
+    try:
+        train_and_record(
+            override(settings["config"], ()),
+            ImageData(arrays["train"], arrays["held_out"], settings["fingerprint"]),
+            mesh_shape=settings["mesh_shape"],
+            device=get_device(),
+            run_dir=Path(settings["run_dir"]),
+            provenance=settings["provenance"],
+            on_metrics=_report_to_ray,
+        )
+    except (UserError, RunError) as error:
+        # Every rank raises the same one, and so would every restart: it is handed to the driver instead.
+        return {"error": str(error)}
+    return {}
+
+
+def _report_to_ray(metrics: dict[str, float]) -> None:
+    if "val/eps_mse" in metrics:
+        ray.train.report(metrics)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,196 @@
+"""One training run: python -m klray.train --config digits. The same command again resumes it."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from klray.cli import Parser, run_command
+
+if TYPE_CHECKING:
+    from klray.config import Config
+    from klray.training.data import ImageData
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The command line."""
+    parser = Parser(prog="klray.train", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="a preset or a YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable"
+    )
+    parser.add_argument("--seed", type=int, help="the run's seed (the same as --set seed=...)")
+    parser.add_argument("--runner", choices=("ray", "torchrun", "local"), default="ray", help="where to train")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each GPU, else 1)")
+    parser.add_argument("--name", help="the run's name (default: preset + hash of the configuration)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder that holds the runs' folders")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what it costs")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 the user's mistake, 1 a failure, 130 stopped by Ctrl-C."""
+    args = parse(argv)
+    return run_command("klray.train", lambda: _train(args), "The same command again goes on from the last checkpoint.")
+
+
+def _train(args: Namespace) -> int:
+    from klray.build import build_sampler
+    from klray.config import load_config
+    from klray.parallel.mesh import resolve_mesh
+
+    seed = [] if args.seed is None else [f"seed={args.seed}"]
+    config = load_config(args.config, [*args.set, *seed])
+    build_sampler(config)
+    data_size, basis_size = resolve_mesh(
+        _workers(args),
+        data=config.mesh.data,
+        basis=config.mesh.basis,
+        terms_per_step=config.evals_per_image,
+        batch_size=config.optimizer.batch_size,
+    )
+    name = args.name or config.default_name()
+    if args.dry_run:
+        return _dry_run(config, name, (data_size, basis_size))
+    data = _data(config)
+    if args.runner == "torchrun" and os.environ["RANK"] != "0":
+        _in_process(config, data, (data_size, basis_size), (args.runs / name).resolve(), {})
+        return 0
+    return _drive(args, config, name, (data_size, basis_size), data)
+
+
+def _workers(args: Namespace) -> int:
+    """How many processes train."""
+    from klray.config import ConfigError
+
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers must be >= 1, got {args.workers}")
+    if args.runner == "torchrun":
+        if "WORLD_SIZE" not in os.environ:
+            raise ConfigError(
+                "--runner torchrun is started by torchrun: torchrun --nproc-per-node 2 -m klray.train ..."
+            )
+        world = int(os.environ["WORLD_SIZE"])
+        if args.workers not in (None, world):
+            raise ConfigError(f"--workers must be torchrun's number of processes, {world}, got {args.workers}")
+        return world
+    if args.runner == "local":
+        if args.workers not in (None, 1):
+            raise ConfigError(
+                f"--runner local trains in one process, got --workers {args.workers}; use torchrun or ray"
+            )
+        return 1
+    if args.workers is not None:
+        return args.workers
+    if os.environ.get("RAY_ADDRESS"):
+        from klray.cluster.connect import cluster_size, connect
+
+        connect()
+        return max(1, cluster_size()[1])
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _data(config: Config) -> ImageData:
+    from klray.config import ConfigError
+    from klray.training.data import load_images
+
+    settings = config.data
+    data = load_images(
+        settings.name,
+        image_size=settings.image_size,
+        path=settings.path,
+        resize=settings.resize,
+        download=settings.download,
+        limit=settings.limit,
+        held_out=settings.held_out,
+    )
+    channels = data.train.shape[1]
+    if channels != settings.channels:
+        raise ConfigError(f"data.channels must be {channels} for these images, got {settings.channels}")
+    return data
+
+
+def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
+    import yaml
+
+    from klray.build import build_network
+    from klray.training.cost import cost_of
+
+    cost = cost_of(config, build_network(config))
+    data_size, basis_size = mesh_shape
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
+    print(f"\nrun         {name}")
+    print(f"parameters  {cost['cost.parameters']:,}")
+    print(f"FLOPs       {cost['cost.flops_per_eval'] / 1e9:.3f} GFLOP a network evaluation, forward, of one image")
+    print(f"            {cost['cost.train_flops_per_image'] / 1e9:.3f} GFLOP a training image")
+    print(f"workers     {data_size * basis_size} = {data_size} (data) x {basis_size} (basis)")
+    return 0
+
+
+def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, int], data: ImageData) -> int:
+    """Opens the run, follows its records, and trains."""
+    from klray.tracking.mlflow_upload import Uploader, prepare, resolve_uri
+    from klray.tracking.progress import ProgressLines, summary
+    from klray.tracking.train_run import provenance_of
+    from klray.training.loop import finished
+    from klray.training.run_dir import open_run
+
+    tracking = config.tracking
+    uri = None if tracking.uri == "off" else resolve_uri(tracking.uri, Path.cwd())
+    details = {"experiment": tracking.experiment, "tracking_uri": uri}
+    with ExitStack() as stack:
+        run_dir = stack.enter_context(open_run(args.runs, name, config, details))
+        if finished(config, run_dir, lambda text: print(f"note: {text}", flush=True)):
+            print(f"run {name} has finished:\n{summary(run_dir)}")
+            print("A larger --set budget.amount=... goes on from here.")
+            return 0
+        provenance = provenance_of(config, name, run_dir)
+        print(f"run {name} in {run_dir}", flush=True)
+        if uri is not None:
+            prepare(uri, tracking.experiment, artifact_root=None)
+        lines = ProgressLines(lambda line: print(line, flush=True))
+        stack.enter_context(Uploader(run_dir, uri, tracking.experiment, name, tags=provenance, on_record=lines))
+        if args.runner == "ray":
+            print("starting Ray and the workers (about half a minute)", flush=True)
+            from klray.cluster.connect import connect
+            from klray.cluster.train_job import run_on_ray
+
+            connect()
+            run_on_ray(config, data, mesh_shape=mesh_shape, run_dir=run_dir, provenance=provenance)
+        else:
+            _in_process(config, data, mesh_shape, run_dir, provenance)
+    print(f"finished {name}: {summary(run_dir)}")
+    if uri is not None:
+        print(f"MLflow      mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"MLflow      {uri}")
+    return 0
+
+
+def _in_process(
+    config: Config, data: ImageData, mesh_shape: tuple[int, int], run_dir: Path, provenance: dict[str, Any]
+) -> None:
+    """Trains in this process: alone, or as one of torchrun's."""
+    import torch
+    import torch.distributed as dist
+
+    from klray.tracking.train_run import train_and_record
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if mesh_shape != (1, 1):
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train_and_record(config, data, mesh_shape=mesh_shape, device=device, run_dir=run_dir, provenance=provenance)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,54 @@
+"""A run's folder: its resolved configuration, and the rule that one name means one configuration."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from klray.config import Config, ConfigError, flatten, override
+
+
+@contextmanager
+def open_run(root: Path, name: str, config: Config, details: dict[str, Any]) -> Iterator[Path]:
+    """RUNS/NAME with a run.json of the configuration and ``details``, locked against a second driver.
+
+    Raises:
+        ConfigError: for a bad name, a name that stands for another configuration or a larger budget, or a run that
+            another process is training.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"--name must be letters, digits, '.', '_' or '-', got {name!r}")
+    run_dir = root.resolve() / name
+    file = run_dir / "run.json"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {run_dir}: {error.strerror}; choose another --runs folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"run {name} is being trained by another process; wait, or choose a --name") from error
+        if file.exists():
+            _refuse_other(name, config, json.loads(file.read_text())["config"])
+        aside = file.with_suffix(".tmp")
+        aside.write_text(json.dumps({"name": name, **details, "config": config.model_dump(mode="json")}, indent=1))
+        aside.rename(file)
+        yield run_dir
+
+
+def _refuse_other(name: str, config: Config, kept: dict[str, Any]) -> None:
+    old = override(kept, ())
+    before, now = flatten(old.identity()), flatten(config.identity())
+    changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now if before.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(f"run {name} exists with another configuration ({'; '.join(changed)}); choose another --name")
+    if config.budget.amount < old.budget.amount:
+        amounts = f"{old.budget.amount:g} -> {config.budget.amount:g} {config.budget.unit}"
+        raise ConfigError(f"run {name} has a larger budget ({amounts}); give at least as much, or another --name")
