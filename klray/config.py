@@ -182,7 +182,7 @@ class Config(_Section):
         if network.architecture == "wide":
             if self.mesh.basis not in (1, "auto"):
                 raise ConfigError(
-                    f"mesh.basis must be 1 for network.architecture wide, got {self.mesh.basis}: one call gives all terms"
+                    f"mesh.basis must be 1 for network.architecture wide, got {self.mesh.basis}; one call gives all"
                 )
             if loss.term_chunk is not None:
                 raise ConfigError(

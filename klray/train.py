@@ -134,14 +134,15 @@ def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
 
 def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, int], data: ImageData) -> int:
     """Opens the run, follows its records, and trains."""
-    from klray.tracking.mlflow_upload import Uploader, prepare, resolve_uri
+    from klray.tracking.mlflow_upload import TrackingError, Uploader, prepare, resolve_uri
     from klray.tracking.progress import ProgressLines, summary
     from klray.tracking.train_run import provenance_of
     from klray.training.loop import finished
     from klray.training.run_dir import open_run
 
     tracking = config.tracking
-    uri = None if tracking.uri == "off" else resolve_uri(tracking.uri, Path.cwd())
+    asked = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
     details = {"experiment": tracking.experiment, "tracking_uri": uri}
     with ExitStack() as stack:
         run_dir = stack.enter_context(open_run(args.runs, name, config, details))
@@ -152,7 +153,10 @@ def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, in
         provenance = provenance_of(config, name, run_dir)
         print(f"run {name} in {run_dir}", flush=True)
         if uri is not None:
-            prepare(uri, tracking.experiment, artifact_root=None)
+            try:
+                prepare(uri, tracking.experiment)
+            except TrackingError as error:
+                print(f"note: {error}; training goes on, its records are kept", flush=True)
         lines = ProgressLines(lambda line: print(line, flush=True))
         stack.enter_context(Uploader(run_dir, uri, tracking.experiment, name, tags=provenance, on_record=lines))
         if args.runner == "ray":

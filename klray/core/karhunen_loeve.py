@@ -178,7 +178,8 @@ def _tabulate(schedule: VPLinear, num_terms: int, basis: Basis) -> tuple[Tensor,
     phi[1:] = alpha[1:] * integral.cumsum(0)
     beta = schedule.beta(nodes)[:, None]
     slope = schedule.beta_max - schedule.beta_min
-    psi, psi_slope = torch.func.jvp(lambda t: basis(t, num_terms), (nodes,), (torch.ones_like(nodes),))
+    ones = torch.ones_like(nodes)
+    psi, psi_slope = torch.func.jvp(lambda t: basis(t, num_terms), (nodes,), (ones,))  # type: ignore[misc]
     first = -beta / 2 * phi + beta.sqrt() * psi
     second = -slope / 2 * phi - beta / 2 * first + slope / (2 * beta.sqrt()) * psi + beta.sqrt() * psi_slope
     return nodes, torch.stack([phi, first, second], dim=1)

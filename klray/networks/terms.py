@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from klray.networks.dropout import use_keyed_dropout
@@ -29,9 +31,11 @@ class TermNetwork(nn.Module):
         ValueError: for ``time_offset`` without a time grid.
     """
 
+    backbone: Any
+
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,
         num_terms: int,
         architecture: str = "repeated",
         term_input: str = "class_embedding",
@@ -59,10 +63,9 @@ class TermNetwork(nn.Module):
         count = len(terms)
         rows, time, term = x.repeat_interleave(count, 0), t.repeat_interleave(count), terms.repeat(len(x))
         if self.time_grid is not None:
-            time, term = time + ((term + 1) / self.num_terms - 1) / self.time_grid, None
-        elif self.num_terms == 1:
-            term = None
-        return self._backbone(rows, time, term).unflatten(0, (len(x), count))
+            time = time + ((term + 1) / self.num_terms - 1) / self.time_grid
+        label = None if self.time_grid is not None or self.num_terms == 1 else term
+        return self._backbone(rows, time, label).unflatten(0, (len(x), count))
 
     def _backbone(self, x: Tensor, t: Tensor, term: Tensor | None) -> Tensor:
         label = {} if term is None else {"class_labels": term}

@@ -9,10 +9,12 @@ import uuid
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from klray.errors import UserError
+
 STATE_FILE = "mlflow.json"
 
 
-class TrackingError(Exception):
+class TrackingError(UserError):
     """Tracking cannot do what it was asked to; the message is one line: what failed, and the way out."""
 
 

@@ -18,7 +18,11 @@ def cost_of(config: Config, network: TermNetwork) -> dict[str, int]:
     shape = (1, config.data.channels, config.data.image_size, config.data.image_size)
     meta.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta(torch.empty(shape, device="meta"), torch.empty(1, device="meta"), torch.zeros(1, dtype=int, device="meta"))
+        meta(
+            torch.empty(shape, device="meta"),
+            torch.empty(1, device="meta"),
+            torch.zeros(1, dtype=torch.long, device="meta"),
+        )
     forward = counter.get_total_flops()
     evals, chunk = config.evals_per_image, config.loss.term_chunk
     again = max(0, evals - chunk) if chunk and config.loss.coupling == "joint" else 0

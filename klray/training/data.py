@@ -66,7 +66,7 @@ def load_images(
             (central 140 x 140; the valid split held out), or ``folder`` or ``zip``, own images at ``path`` (5 %, at
             least 1 and at most 5000, held out). KLRAY_DATA (default ./data) is where mnist, cifar10 and celeba lie.
         image_size: height and width of the result in pixels.
-        path: the folder, read recursively without following links to folders, or the ZIP, read in place. Alpha is
+        path: looked for in the working folder, then under KLRAY_DATA. The folder, read recursively without following links to folders, or the ZIP, read in place. Alpha is
             dropped. Grey if every image is, else RGB.
         resize: ``bilinear`` scales the central square, antialiased; ``pad`` puts zeros round images that are smaller.
         download: lets torchvision fetch mnist, cifar10 or celeba if missing.
@@ -89,7 +89,7 @@ def load_images(
     if name in _BENCHMARKS:
         train, test = _BENCHMARKS[name](download)
     elif name in _OWN:
-        own = _OWN[name](Path(str(path)).expanduser())
+        own = _OWN[name](_own_path(Path(str(path)).expanduser()))
         train, test = _split(own, held_out or min(max(1, round(0.05 * len(own.names))), 5000))
     else:
         train, test = _split(_digits(), held_out or 297)
@@ -126,6 +126,11 @@ def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _data_root() -> Path:
     return Path(os.environ.get("KLRAY_DATA") or "data").expanduser().absolute()
+
+
+def _own_path(path: Path) -> Path:
+    under_root = _data_root() / path
+    return under_root if not path.exists() and under_root.exists() else path
 
 
 def _digits() -> _Source:

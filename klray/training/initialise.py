@@ -43,7 +43,7 @@ def _baseline(path: Path) -> dict[str, Tensor]:
                 return load_file(file)
             except SafetensorError as error:
                 raise ConfigError(f"network.init_from: {file} is torn or no safetensors file: {error}") from error
-    config, network = load_network(path)
+    _, network = load_network(path)
     if network.num_terms != 1:
         raise ConfigError(f"network.init_from must be a baseline (one term), {path} has M = {network.num_terms}")
     return network.backbone.state_dict()

@@ -47,7 +47,7 @@ def new_state(config: Config, network: TermNetwork, device: torch.device) -> Tra
     """The state before the first step; ``network`` is moved to the device."""
     network.to(device)
     if config.precision.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         network.parameters(),
