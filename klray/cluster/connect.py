@@ -15,8 +15,8 @@ _ENVIRONMENT = {
 }
 
 
-def connect() -> None:
-    """Connects once; later calls do nothing. A local cluster listens on loopback only.
+def connect(num_cpus: int | None = None) -> None:
+    """Connects once; later calls do nothing. A local cluster has ``num_cpus`` CPUs and listens on loopback only.
 
     Its dashboard is needed: without the State API, trials that are stopped never free their workers.
     """
@@ -31,8 +31,10 @@ def connect() -> None:
         ray.init(runtime_env=runtime_env, log_to_driver=False)
         return
     logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it tells that token auth is on
     ray.init(
         address="local",
+        num_cpus=num_cpus,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
         _node_ip_address="127.0.0.1",

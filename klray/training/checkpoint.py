@@ -66,7 +66,7 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: Config, provenance
 
 
 def load_latest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint of a run, None for a run without any. Torn and altered ones are warned of and skipped.
+    """The newest whole checkpoint of a run, None for a run without any. Torn and altered ones are warned of, skipped.
 
     Raises:
         CheckpointError: where there are checkpoints and none is whole.

@@ -66,8 +66,8 @@ def load_images(
             (central 140 x 140; the valid split held out), or ``folder`` or ``zip``, own images at ``path`` (5 %, at
             least 1 and at most 5000, held out). KLRAY_DATA (default ./data) is where mnist, cifar10 and celeba lie.
         image_size: height and width of the result in pixels.
-        path: looked for in the working folder, then under KLRAY_DATA. The folder, read recursively without following links to folders, or the ZIP, read in place. Alpha is
-            dropped. Grey if every image is, else RGB.
+        path: the folder, read recursively without following links to folders, or the ZIP, read in place; looked for
+            in the working folder, then under KLRAY_DATA. Alpha is dropped. Grey if every image is, else RGB.
         resize: ``bilinear`` scales the central square, antialiased; ``pad`` puts zeros round images that are smaller.
         download: lets torchvision fetch mnist, cifar10 or celeba if missing.
         limit: keeps the first so many training images. Where files lie sorted by class they are in shuffled order.

@@ -50,6 +50,7 @@ class TrainStep:
         began = time.perf_counter()
         x0 = self.images.batch(progress.step, progress.images_seen, positions)
         self.data_seconds += time.perf_counter() - began
+        x0 = x0.to(self.parameters[0].dtype)
         if config.precision.channels_last:
             x0 = x0.contiguous(memory_format=torch.channels_last)
         micro = config.optimizer.micro_batch or len(positions)
