@@ -23,19 +23,6 @@ from klray.training.data import DataError, ImageData, horizontal_flip, load_imag
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture
-def data_root() -> Callable[[str], Path]:
-    """The folder KLRAY_DATA names; skips where it or the file asked for is absent."""
-
-    def find(needed: str) -> Path:
-        root = os.environ.get("KLRAY_DATA")
-        if not root or not (Path(root) / needed).exists():
-            pytest.skip(f"KLRAY_DATA={root} holds no {needed}")
-        return Path(root)
-
-    return find
-
-
 def random_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
     """Smooth noise, so that lossy formats and resizing keep it recognisable."""
     coarse = RNG.integers(0, 256, (3, 3, 3), dtype=np.uint8)

@@ -1,0 +1,35 @@
+# make demo: a first training run; make test: lint, types and the whole suite; make test-fast: without Ray and servers.
+# PYTHON names the interpreter (3.11 or newer) that the virtual environment is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-fast lint clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet -e '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m klray.train --config digits
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(PYTEST) -q --durations=15
+
+test-fast: lint
+	$(PYTEST) -q -m "not slow"
+
+clean:
+	rm -rf $(VENV) build *.egg-info
