@@ -65,7 +65,7 @@ def fold(network: TermNetwork, prediction: str) -> nn.Module:
         raise ValueError(f"only a wide model with prediction term folds into a plain one; this is {kind}")
     config = dict(backbone.config)
     config["out_channels"] //= network.num_terms
-    plain = type(backbone).from_config(config)
+    plain = type(backbone).from_config(config).to(next(backbone.parameters()))
     state = {
         name: tensor.unflatten(0, (network.num_terms, -1)).sum(0) if name.startswith("conv_out.") else tensor
         for name, tensor in backbone.state_dict().items()

@@ -11,7 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "klray"
 LAYERS = [
-    ["errors", "cli"],
+    ["errors"],
+    ["cli"],
     ["core"],
     ["parallel"],
     ["networks"],
@@ -68,6 +69,6 @@ def test_the_core_loads_without_ray_mlflow_and_optuna() -> None:
 
 @pytest.mark.parametrize("command", ["train", "sample", "upload"])
 def test_help_loads_nothing_heavy(command: str) -> None:
-    statement = f"from klray.{command} import main\ntry:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code"
-    loaded = loaded_by(statement)
+    call = "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code"
+    loaded = loaded_by(f"from klray.{command} import main\n{call}")
     assert not loaded & {"torch", "numpy", "ray", "mlflow", "pydantic"}
