@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,29 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from klray.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
+
+
+class _Yaml(yaml.SafeLoader):
+    """Scalars of YAML 1.2: 2e-4 is a number and off is a word, where YAML 1.1 reads a word and False."""
+
+
+_Yaml.yaml_implicit_resolvers = {}
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+
+
+def read_yaml(text: str) -> Any:
+    """The one document in ``text``, of plain values only; raises yaml.YAMLError."""
+    loader = _Yaml(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 class ConfigError(UserError):
@@ -255,7 +279,7 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
         if not path.is_file():
             raise ConfigError(f"unknown preset {name_or_path!r}{_nearest(name_or_path, preset_names())}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = read_yaml(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {getattr(error, 'strerror', error)}") from error
     except yaml.YAMLError as error:
@@ -281,7 +305,7 @@ def override(tree: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> Con
                 raise ConfigError(f"unknown key {key}: {section} is not a section{_nearest(key, _known_keys())}")
         node[leaf] = value
     try:
-        return Config.model_validate(_numbers(merged))
+        return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
 
@@ -291,23 +315,9 @@ def _parse(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set takes key=value, got {text!r}; for example optimizer.lr=2e-4")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of --set {key.strip()} is not valid YAML: {value!r}") from error
-
-
-def _numbers(tree: Any) -> Any:
-    """YAML 1.1 reads 2e-4 as text; every such text in a configuration means the number."""
-    if isinstance(tree, dict):
-        return {key: _numbers(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_numbers(value) for value in tree]
-    if isinstance(tree, str) and "e" in tree.lower():
-        try:
-            return float(tree)
-        except ValueError:
-            return tree
-    return tree
 
 
 def _known_keys() -> list[str]:
@@ -328,7 +338,7 @@ def _explain(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(key, _known_keys())}"
+        return f"unknown key {key}{_nearest(key, _known_keys() if '.' in key else Config.model_fields)}"
     # A union reports every branch; the rule is what all of them allow.
     same = [e for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
     key = ".".join(str(part) for part in first["loc"][:2])
