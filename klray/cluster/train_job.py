@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from klray.cluster.connect import cluster_size
 from klray.config import Config, override
 from klray.errors import RunError, UserError
+from klray.tracking.records import RecordWriter
 from klray.tracking.train_run import train_and_record
 from klray.training.data import ImageData
 
@@ -75,7 +76,11 @@ def run_on_ray(
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
+        _record(run_dir, "FAILED")
         raise TrainingError(f"the workers failed more than {max_failures} times: {_last_line(error)}") from error
+    except KeyboardInterrupt:
+        _record(run_dir, "KILLED")
+        raise
     outcome = result.return_value or {}
     if "error" in outcome:
         raise TrainingError(outcome["error"])
@@ -103,6 +108,12 @@ def _worker(settings: dict[str, Any]) -> dict[str, str]:
 def _report_to_ray(metrics: dict[str, float]) -> None:
     if "val/eps_mse" in metrics:
         ray.train.report(metrics)
+
+
+def _record(run_dir: Path, status: str) -> None:
+    """The status of a run whose workers could not write it any more."""
+    with RecordWriter(run_dir) as writer:
+        writer.status(status)
 
 
 def _last_line(error: BaseException) -> str:

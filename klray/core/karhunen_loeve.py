@@ -26,7 +26,10 @@ def sine_basis(t: Tensor, num_terms: int) -> Tensor:
 
 
 class Basis(Protocol):
-    """The first M functions of an orthonormal basis of L2[0, 1], piecewise smooth in t: (t [...], M) -> [..., M]."""
+    """The first M functions of an orthonormal basis of L2[0, 1], smooth in t: (t [...], M) -> [..., M].
+
+    A basis with jumps (Haar) costs accuracy at them: the quadrature panels do not break there.
+    """
 
     def __call__(self, t: Tensor, num_terms: int) -> Tensor: ...
 
@@ -155,7 +158,7 @@ class _InvertLam(torch.autograd.Function):
         phi = process.phi(t)
         rate = torch.sqrt(process.schedule.beta(t)) * (phi * process.basis(t, process.num_terms)).sum(-1)
         # At t = 1 the slope of lam is 0; the end of a grid is fixed, so no gradient flows there.
-        inverse = torch.where(t < process.t_max, -phi.square().sum(-1) / rate, 0.0)
+        inverse = torch.where(t < 1, -phi.square().sum(-1) / rate, 0.0)
         return grad_outputs[0] * inverse, None
 
 

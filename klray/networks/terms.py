@@ -59,11 +59,11 @@ class TermNetwork(nn.Module):
         self.dropout_keys.rows = dropout_keys
         if self.wide:
             output = self._backbone(x, t, None).unflatten(1, (self.num_terms, x.shape[1]))
-            return output if len(terms) == self.num_terms else output[:, terms]
+            return output.index_select(1, terms)
         count = len(terms)
         rows, time, term = x.repeat_interleave(count, 0), t.repeat_interleave(count), terms.repeat(len(x))
         if self.time_grid is not None:
-            time = time + ((term + 1) / self.num_terms - 1) / self.time_grid
+            time = time + ((term.double() + 1) / self.num_terms - 1) / self.time_grid
         label = None if self.time_grid is not None or self.num_terms == 1 else term
         return self._backbone(rows, time, label).unflatten(0, (len(x), count))
 

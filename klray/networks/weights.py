@@ -28,6 +28,9 @@ def start_from_baseline(network: TermNetwork, baseline: dict[str, Tensor], predi
     """
     target = network.backbone.state_dict()
     start = {}
+    own = {name for name in target if not name.startswith("class_embedding.")}
+    if unknown := sorted(baseline.keys() - own):
+        raise ValueError(f"network.init_from: it has {unknown[0]}, which this network's baseline has not")
     for name, tensor in target.items():
         if name.startswith("class_embedding."):
             start[name] = torch.zeros_like(tensor)

@@ -84,7 +84,9 @@ def experiment_id(client: Any, uri: str, name: str, artifact_root: Path | None =
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            # The UI otherwise takes a new experiment for one of language models, without charts of runs.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(client.create_experiment(name, artifact_location=location, tags=tags))
         except MlflowException as error:
             found = client.get_experiment_by_name(name)  # another run was faster
             if found is None:

@@ -48,6 +48,8 @@ def train_and_record(
             writer.params(config.flat() | {"mesh.data": mesh.data_size, "mesh.basis": mesh.basis_size})
             writer.params(cost_of(config, build_network(config)))
             writer.tags(provenance)
+            if (run_dir / "run.json").exists():
+                writer.artifact(run_dir / "run.json")  # the resolved configuration
 
         def report(progress: Progress, metrics: dict[str, float], images: dict[str, np.ndarray]) -> None:
             metrics = {**metrics, "budget_used": budget_used(config, progress)} if metrics else {}

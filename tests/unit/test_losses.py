@@ -232,3 +232,61 @@ def test_chunks_need_the_activations_of_one_chunk() -> None:
 def test_unknown_choices_are_refused(how: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kl_loss(make_network(), KarhunenLoeve(VPLinear(), M), *make(), **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("size", "chunks"), [(1, 4), (3, 2), (4, 1)])
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_calls_of_a_chunk_plan_and_which_is_the_last(coupling: str, size: int, chunks: int) -> None:
+    """Joint runs every chunk but one twice. Only the call of the last backward may synchronise the ranks."""
+    process, network = KarhunenLoeve(VPLinear(), M), make_network()
+    x0, z, t = make()
+    rows, flags = [], []
+    network.backbone.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+
+    def predict(x: Tensor, t: Tensor, chunk: Tensor, last: bool) -> Tensor:
+        flags.append(last)
+        return network(x, t, chunk)
+
+    backward_kl_loss(
+        predict,
+        process,
+        x0,
+        z,
+        t,
+        coupling=coupling,
+        prediction="term",
+        terms=torch.arange(M),
+        chunks=torch.arange(M).split(size),
+        sum_over_basis=lambda partial: partial,
+        backward=lambda loss: flags.append("backward"),  # type: ignore[arg-type]
+    )
+    assert len(rows) == (2 * chunks - 1 if coupling == "joint" else chunks)
+    assert max(rows) == B * size
+    assert flags.count("backward") == chunks
+    assert flags[-2:] == [True, "backward"]
+    assert flags.count(True) == 1
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [3, 1, 2], [1]])
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_two_ranks_share_the_terms(coupling: str, chosen: list[int]) -> None:
+    """Loss and gradient are the sums of the ranks' parts; with one term the second rank has nothing to do."""
+    process, network, inputs = KarhunenLoeve(VPLinear(), M), make_network(dropout=0.1).train(), make()
+    x0, z, t = inputs
+    terms = torch.tensor(chosen)
+
+    def predict(x: Tensor, t: Tensor, terms: Tensor) -> Tensor:
+        return network(x, t, terms, dropout_keys(0, 7, torch.arange(len(x)), terms))
+
+    direct = kl_loss(predict, process, x0, z, t, coupling=coupling, terms=terms)
+    expected = gradient(direct, network)
+    total, loss = torch.zeros_like(expected), torch.zeros_like(direct)
+    halves = [terms[0::2], terms[1::2]]
+    sums = [predict(process.perturb(x0, z, t), t, half).sum(1).detach() if len(half) else 0 * x0 for half in halves]
+    for mine, other in ((0, 1), (1, 0)):
+        how = {"coupling": coupling, "prediction": "term", "terms": terms}
+        how["chunks"] = halves[mine].split(1) if len(halves[mine]) else ()
+        how["sum_over_basis"] = lambda partial, other=other: partial + sums[other]
+        loss += chunked(network, process, inputs, lambda part: total.add_(gradient(part, network)), **how)
+    torch.testing.assert_close(loss, direct.detach(), rtol=1e-10, atol=1e-12)
+    assert float((total - expected).norm() / expected.norm()) <= 1e-10

@@ -179,3 +179,54 @@ def test_fresh_weights_depend_on_the_seed_alone() -> None:
     other = build_network(override({"seed": 4}, ())).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_wide_gives_the_terms_in_the_order_asked_for() -> None:
+    x, t = images()
+    network = wide()
+    output = network(x, t, torch.arange(M))
+    assert torch.equal(network(x, t, torch.tensor([2, 0, 1])), output[:, [2, 0, 1]])
+
+
+class TimeRecorder(torch.nn.Module):
+    """A backbone in float64 that keeps the time it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.times: list[Tensor] = []
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        self.times.append((timestep + 1) / 1000)
+        return (self.scale * sample,)
+
+
+def test_time_offset_tokens_are_exact() -> None:
+    """N * M different tokens, the last of each group t_n itself."""
+    backbone, grid = TimeRecorder(), 10
+    network = TermNetwork(backbone, M, "repeated", "time_offset", grid)
+    t = torch.arange(1, grid + 1, dtype=torch.float64) / grid
+    network(torch.zeros(grid, 1, 2, 2), t, torch.arange(M))
+    tokens = backbone.times[0].view(grid, M)
+    expected = torch.arange(1, grid * M + 1, dtype=torch.float64).view(grid, M) / (grid * M)
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(tokens[:, -1], t, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_input_and_time_take_the_parameters_dtype(dtype: torch.dtype) -> None:
+    network = TermNetwork(unet(num_classes=M).to(dtype), M)
+    x, t = images()
+    output = network(x.double(), t, torch.arange(M))
+    assert output.dtype == dtype
+    torch.testing.assert_close(network(x.float(), t, torch.arange(M)), output, rtol=0, atol=1e-12)
+
+
+def test_fractional_times_are_seen() -> None:
+    network = TermNetwork(unet(num_classes=M).double(), M)
+    x, _ = images(1, torch.float64)
+    times, terms = torch.tensor([[0.5], [0.50005], [0.5001]], dtype=torch.float64), torch.arange(M)
+    outputs = [network(x, t, terms).detach() for t in times]
+    first, second = outputs[1] - outputs[0], outputs[2] - outputs[1]
+    assert float(first.abs().max()) > 1e-6
+    assert float((second - first).abs().max()) < 0.2 * float(first.abs().max())  # smooth between whole steps

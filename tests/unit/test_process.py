@@ -184,3 +184,31 @@ def test_arms_without_a_basis() -> None:
 def test_errors_state_the_rule_and_the_value(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_no_gradient_flows_where_lam_has_no_slope_and_all_of_it_elsewhere() -> None:
+    """lam_M is flat at t = 1; where sampling ends earlier, t_max is a time like any other."""
+    process = KarhunenLoeve(VPLinear(), 4, "truncated")
+    lam = (process.lam(tensor(1.0)) - tensor(0.01, 1.0, 1000.0)).requires_grad_()
+    t = process.t_of_lam(lam)
+    t.sum().backward()
+    assert t.tolist() == [1.0, 1.0, 1.0]
+    assert lam.grad is not None
+    assert lam.grad.tolist() == [0.0, 0.0, 0.0]
+
+    shorter = KarhunenLoeve(VPLinear(t_max=0.5), 4, "truncated")
+    lam = shorter.lam(tensor(0.4, 0.5, 0.6)).requires_grad_()
+    assert torch.autograd.gradcheck(shorter.t_of_lam, (lam,))
+
+
+def test_matched_has_the_vp_law_for_correlated_data() -> None:
+    """x_t is linear in (x_0, Z), so its law for Gaussian x_0 follows from what it makes of unit vectors."""
+    factor = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    data, identity = factor @ factor.T, torch.eye(4, dtype=torch.float64)
+    x0 = torch.cat([torch.eye(4), torch.zeros(12, 4)]).double().view(16, 1, 2, 2)
+    z = torch.cat([torch.zeros(4, 12), torch.eye(12)]).double().view(16, 3, 1, 2, 2)
+    for t in (tensor(1e-3), tensor(0.4), tensor(1.0)):
+        columns = KarhunenLoeve(VPLinear(), 3).perturb(x0, z, t.expand(16)).flatten(1)
+        mean, noise = columns[:4].T, columns[4:].T
+        expected = VPLinear().alpha(t) ** 2 * data + VPLinear().sigma(t) ** 2 * identity
+        torch.testing.assert_close(mean @ data @ mean.T + noise @ noise.T, expected, rtol=1e-12, atol=1e-13)

@@ -105,3 +105,23 @@ def test_dropout_needs_keys_in_training_only() -> None:
         layer(torch.ones(2, 4))
     layer.eval()
     assert torch.equal(layer(torch.ones(2, 4)), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "expected"),
+    [
+        (0, 0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (0xFFFFFFFF, 0xFFFFFFFF, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    ],
+)
+def test_philox_of_seven_rounds_gives_the_published_answers(word: int, key: int, expected: tuple) -> None:
+    words = philox((torch.tensor([word]),) * 4, (key, key), rounds=7)
+    assert tuple(int(w) for w in words) == expected
+
+
+def test_seeds_and_positions_beyond_32_bits_have_their_own_numbers() -> None:
+    where = torch.tensor([3, 3 + 2**32, 3 + 2**50])
+    words = random_words(0, 0, Purpose.SAMPLE, where, 40)
+    assert len({tuple(row) for row in words.tolist()}) == 3
+    assert int(words.min()) >= 0
+    assert int(words.max()) < 2**32

@@ -178,3 +178,82 @@ def test_image_grid_puts_images_in_rows() -> None:
     assert picture.shape == (2 * 33 + 1, 3 * 33 + 1, 3)
     for i in range(6):
         assert picture[i // 3 * 33 + 1 + 16, i % 3 * 33 + 1 + 16].tolist() == [40 * i] * 3
+
+
+@pytest.mark.parametrize("convert_with", ["net", "grid"])
+def test_whose_time_turns_noise_into_data(convert_with: str) -> None:
+    """One step by hand: the network's noise is turned into x0_hat with its own time, or with the solver's."""
+    schedule = VPLinear()
+    t, shown = (torch.tensor(pair, dtype=torch.float64) for pair in ([0.6, 0.2], [0.65, 0.2]))
+    x = torch.linspace(-1, 1, 4, dtype=torch.float64).view(1, 1, 2, 2)
+
+    def eps_hat(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x) * (0.5 + t)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return (x - schedule.sigma(t) * eps_hat(x, t)) / schedule.alpha(t)
+
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    eps = eps_hat(x, shown[0])
+    time = shown[0] if convert_with == "net" else t[0]
+    x0_hat = (x - schedule.sigma(time) * eps) / schedule.alpha(time)
+    expected = alpha[1] * x0_hat + sigma[1] * (x - alpha[0] * x0_hat) / sigma[0]
+    ours = SOLVERS["ddim"].sample(denoiser, schedule, x, t, shown, convert_with=convert_with)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("marginal", ["matched", "truncated"])
+def test_images_of_gaussian_data_have_the_datas_std(marginal: str) -> None:
+    """The optimal network for N(0, 1/16): starting a truncated process from N(0, I) would give 0.34."""
+    process, variance = KarhunenLoeve(VPLinear(), 8, marginal), 1 / 16
+
+    def optimum(x: Tensor, t: Tensor, terms: Tensor) -> Tensor:
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        eps_hat = (sigma / (alpha**2 * variance + sigma**2)).float().view(-1, 1, 1, 1) * x
+        return eps_hat[:, None].expand(-1, len(terms), *x.shape[1:])
+
+    denoiser = TermDenoiser(optimum, process, "share")
+    grid = TIMESTEPS["logsnr"](process, 200)
+    how = {"batch_size": 128, "device": torch.device("cpu")}
+    images = sample_images(denoiser, SOLVERS["ddim"], grid, range(256), (1, 8, 8), **how)
+    assert float((images.double() / 127.5 - 1).std()) == pytest.approx(0.25, rel=0.02)
+
+
+def test_chunks_of_terms_give_the_same_estimate_in_smaller_calls() -> None:
+    network = TermNetwork(MLP(image_size=4, width=16, num_class_embeds=5).double(), 5).eval()
+    process = KarhunenLoeve(VPLinear(), 5)
+    rows: list[int] = []
+    network.backbone.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    x = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.full((3,), 0.4, dtype=torch.float64)
+    whole = TermDenoiser(network, process, "coefficient").eps_hat(x, t)
+    chunked = TermDenoiser(network, process, "coefficient", term_chunk=2).eps_hat(x, t)
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
+    assert rows == [15, 6, 6, 3]
+
+
+def test_the_network_always_sees_the_full_batch_size() -> None:
+    """Another batch size may sum in another order: the last batch is padded, the padding thrown away."""
+    network = TermNetwork(MLP(image_size=8, width=16), 1).eval()
+    rows: list[int] = []
+    network.backbone.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    denoiser, done = TermDenoiser(network, SingleTerm(VPLinear())), []
+    grid = TIMESTEPS["logsnr"](VPLinear(), 3)
+    how = {"batch_size": 4, "device": torch.device("cpu"), "progress": done.append}
+    images = sample_images(denoiser, SOLVERS["ddim"], grid, [5, 2**40, 1, 0, 9, 7], (1, 8, 8), **how)
+    assert images.shape == (6, 1, 8, 8)
+    assert rows == [4] * 6
+    assert done == [4, 6]
+    assert sample_images(denoiser, SOLVERS["ddim"], grid, [], (1, 8, 8), **how).shape == (0, 1, 8, 8)
+
+
+def test_image_grid_enlarges_small_images_and_is_about_square() -> None:
+    images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = torch.from_numpy(image_grid(images))
+    assert picture.shape == (3 * 33 + 1, 3 * 33 + 1, 3)
+    for i in range(7):
+        y, x = i // 3 * 33 + 1, i % 3 * 33 + 1
+        tile = picture[y : y + 32, x : x + 32].permute(2, 0, 1)
+        assert torch.equal(tile, images[i].repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert not picture[0].any()
+    assert not picture[:, 33].any()
