@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,12 +15,16 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def data_root() -> Path:
-    """The folder that KLRAY_DATA names; skips where there is none."""
-    root = os.environ.get("KLRAY_DATA")
-    if not root or not Path(root).is_dir():
-        pytest.skip(f"KLRAY_DATA={root} is no folder")
-    return Path(root)
+def data_root() -> Callable[[str], Path]:
+    """The folder that KLRAY_DATA names, asked for by a file in it; skips where that is absent."""
+
+    def find(needed: str) -> Path:
+        root = os.environ.get("KLRAY_DATA")
+        if not root or not (Path(root) / needed).exists():
+            pytest.skip(f"KLRAY_DATA={root} holds no {needed}")
+        return Path(root)
+
+    return find
 
 
 @pytest.hookimpl(wrapper=True)

@@ -78,9 +78,9 @@ def run_on_ray(
     except ray.train.TrainingFailedError as error:
         _record(run_dir, "FAILED")
         raise TrainingError(f"the workers failed more than {max_failures} times: {_last_line(error)}") from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ray answers Ctrl-C with sys.exit
         _record(run_dir, "KILLED")
-        raise
+        raise KeyboardInterrupt from stop
     outcome = result.return_value or {}
     if "error" in outcome:
         raise TrainingError(outcome["error"])

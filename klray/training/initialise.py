@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from diffusers import UNet2DModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from klray.config import Config, ConfigError
@@ -37,12 +37,12 @@ def initialise(config: Config, network: TermNetwork, warn: Callable[[str], None]
 
 def _baseline(path: Path) -> dict[str, Tensor]:
     for folder in (path / "unet", path):
-        file = folder / "diffusion_pytorch_model.safetensors"
-        if file.is_file():
+        if (folder / "diffusion_pytorch_model.safetensors").is_file():
             try:
-                return load_file(file)
-            except SafetensorError as error:
-                raise ConfigError(f"network.init_from: {file} is torn or no safetensors file: {error}") from error
+                return UNet2DModel.from_pretrained(folder, use_safetensors=True).state_dict()
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ConfigError(f"network.init_from: {folder} holds no readable UNet2DModel: {reason}") from error
     _, network = load_network(path)
     if network.num_terms != 1:
         raise ConfigError(f"network.init_from must be a baseline (one term), {path} has M = {network.num_terms}")

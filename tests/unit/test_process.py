@@ -124,9 +124,9 @@ def test_the_truncated_noise_level_is_a_schedule(terms: int, betas: tuple[float,
     process = KarhunenLoeve(VPLinear(*betas), terms, "truncated")
     t = torch.linspace(1e-6, 1, 20001, dtype=torch.float64)
     assert float(process.lam(t).diff().max()) < 0
-    early = t[t <= 0.99]
+    early = t[t <= 0.99][::20]
     torch.testing.assert_close(process.t_of_lam(process.lam(early)), early, rtol=0, atol=1e-9)
-    lam = torch.linspace(float(process.lam(tensor(1.0))), 15, 5001, dtype=torch.float64)
+    lam = torch.linspace(float(process.lam(tensor(1.0))), 15, 1001, dtype=torch.float64)
     torch.testing.assert_close(process.lam(process.t_of_lam(lam)), lam, rtol=0, atol=1e-9)
     assert float(process.t_of_lam(process.lam(tensor(1.0)) - 3)) == 1
 

@@ -135,6 +135,11 @@ def test_gradients_with_respect_to_both_grids(convert_with: str) -> None:
     assert torch.autograd.gradcheck(run, (grid, shown))
 
 
+def test_an_unknown_conversion_is_refused() -> None:
+    with pytest.raises(ValueError, match="convert_with must be net or grid, got 'both'"):
+        SOLVERS["ddim"].sample(None, VPLinear(), torch.zeros(1), torch.ones(2), convert_with="both")
+
+
 def test_a_truncated_process_starts_from_its_own_prior() -> None:
     """From sigma_8(1) z Gaussian data come out with their std; from N(0, I) they do not."""
     process = KarhunenLoeve(VPLinear(), 8, "truncated")

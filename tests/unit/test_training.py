@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from klray.build import build_denoiser, build_network, build_process
-from klray.config import Config, override
+from klray.config import Config, ConfigError, override
 from klray.parallel.mesh import Mesh
 from klray.training.checkpoint import CheckpointError, load_latest, load_network, restore, save_checkpoint
 from klray.training.cost import cost_of
 from klray.training.data import load_images
 from klray.training.images import ImageStream
+from klray.training.initialise import initialise
 from klray.training.loop import NonFiniteError, finished, train
 from klray.training.state import Progress, ema_network, new_state
 from klray.training.step import TrainStep
@@ -314,3 +315,20 @@ def test_cost() -> None:
     assert chunked["cost.train_flops_per_image"] == 11 * base["cost.flops_per_eval"]
     width = 24  # first, time, hidden, last layer: 2 x multiply-adds
     assert base["cost.flops_per_eval"] == 2 * (64 * width + width * width + width * width + width * 64)
+
+
+def test_init_from_a_diffusers_folder(tmp_path: Path) -> None:
+    unet = {"network__kind": "unet", "network__channels": [8], "network__attention": [False], "network__dropout": 0.0}
+    baseline = build_network(config_of(**unet, process__num_terms=0, seed=5)).backbone
+    baseline.save_pretrained(tmp_path / "pipeline" / "unet")
+    config = config_of(**unet, network__init_from=str(tmp_path / "pipeline"), loss__prediction="share")
+    network = build_network(config)
+    initialise(config, network, warn=pytest.fail)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.9], dtype=torch.float64)
+    with torch.no_grad():
+        expected = baseline(x, (1000 * t - 1).float()).sample
+        torch.testing.assert_close(network(x, t, torch.tensor([1]))[:, 0], expected, rtol=0, atol=1e-5)
+    torn = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="network.init_from: .* holds no readable UNet2DModel"):
+        initialise(config, network, warn=pytest.fail)

@@ -29,7 +29,12 @@ def sample(
         model_timesteps: [N + 1], the times shown to the network; None: ``timesteps``.
         convert_with: where the two grids differ, x0_hat is taken as the denoiser gives it (``net``), or its noise
             estimate is turned into x0_hat with the solver's time (``grid``).
+
+    Raises:
+        ValueError: for an unknown ``convert_with``.
     """
+    if convert_with not in ("net", "grid"):
+        raise ValueError(f"convert_with must be net or grid, got {convert_with!r}")
     model_timesteps = timesteps if model_timesteps is None else model_timesteps
     alpha, sigma, lam = schedule.alpha(timesteps), schedule.sigma(timesteps), schedule.lam(timesteps)
     for i in range(len(timesteps) - 1):
