@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from klray.core.losses import PredictTerms, output_scale, scaled
 from klray.core.process import NoiseProcess
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # x [B, C, H, W], t 0-dim float64 -> x0_hat [B, C, H, W]
 
 
 class TermDenoiser:

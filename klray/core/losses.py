@@ -139,7 +139,7 @@ def backward_kl_loss(
             loss += part.detach()
         return loss
 
-    partial = torch.zeros_like(x0)
+    partial = torch.zeros_like(x0, memory_format=torch.contiguous_format)
     with torch.no_grad():
         for chunk in chunks[1:]:
             partial += e_hat(chunk).sum(1)

@@ -28,7 +28,7 @@ class TermNetwork(nn.Module):
     Time is always shown as 1000 t - 1: a sinusoidal embedding fed t in [0, 1] hardly sees it.
 
     Raises:
-        ValueError: for ``time_offset`` without a time grid.
+        ValueError: for an unknown architecture or term input, and for ``time_offset`` without a time grid.
     """
 
     backbone: Any
@@ -42,17 +42,18 @@ class TermNetwork(nn.Module):
         time_grid: int | None = None,
     ) -> None:
         super().__init__()
+        for name, value, known in (
+            ("architecture", architecture, ARCHITECTURES),
+            ("term_input", term_input, TERM_INPUTS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if term_input == "time_offset" and time_grid is None:
             raise ValueError("term_input time_offset needs process.time_grid to be a number, the N of t = n/N")
         self.backbone = backbone
         self.num_terms, self.wide = num_terms, architecture == "wide"
         self.time_grid = time_grid if term_input == "time_offset" and not self.wide else None
         self.dropout_keys = use_keyed_dropout(backbone)
-
-    @property
-    def evals_per_image(self) -> int | None:
-        """Backbone evaluations that all terms cost; None where each term costs one."""
-        return 1 if self.wide else None
 
     def forward(self, x: Tensor, t: Tensor, terms: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         """``dropout_keys`` [rows, 2]: one Philox key a backbone row (B * K rows, image-major; B if ``wide``)."""

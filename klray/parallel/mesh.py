@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -98,9 +97,3 @@ class Mesh:
     def share(self, count: int) -> range:
         """This rank's part of ``count`` independent pieces of work."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-
-def use_deterministic_math(device: torch.device) -> None:
-    """Bit-equal resumption on one machine needs the same kernels each time."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = False

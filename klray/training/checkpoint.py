@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -120,6 +121,7 @@ def restore(path: Path, state: TrainState) -> dict[str, Any]:
             index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = tensor
         state.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
+        _match_layout(state.optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path} is of another model: {' '.join(str(error).split())[:200]}") from error
     state.ema.n_averaged.fill_(int(tensors["n_averaged"]))
@@ -154,6 +156,14 @@ def _load_network(path: Path, network: TermNetwork) -> None:
         network.backbone.load_state_dict(load_file(file))
     except (RuntimeError, SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is of another model: {' '.join(str(error).split())[:200]}") from error
+
+
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Moments in the memory format of their parameters: the fused optimiser walks both by address, not by index."""
+    for parameter, moments in optimizer.state.items():
+        for key, moment in moments.items():
+            if moment.shape == parameter.shape:
+                moments[key] = torch.empty_like(parameter).copy_(moment)
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

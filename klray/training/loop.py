@@ -71,15 +71,19 @@ def train(
         # A first step holds the compilation, which is not training time.
         meter.stop(counts=not (config.precision.compile and meter.first))
         done = not _fits(config, progress)
-        checkpoint = done or _due(config.checkpoint.every_images, config, progress)
-        if checkpoint or progress.step % config.tracking.every_steps == 0:
+        due = {
+            section: done or _due(getattr(config, section).every_images, config, progress)
+            for section in ("validation", "sampling", "checkpoint")
+        }
+        # Before anything else takes the device's time, what training took is settled.
+        if any(due.values()) or progress.step % config.tracking.every_steps == 0:
             _check_finite(state, config)
             report(progress, meter.metrics(step), {})
-        if done or _due(config.validation.every_images, config, progress):
+        if due["validation"]:
             report(progress, validate(config, process, ema_network(state), held_out, mesh, device), {})
-        if done or _due(config.sampling.every_images, config, progress):
+        if due["sampling"]:
             report(progress, {}, _sample_grid(config, state, data, mesh, device))
-        if checkpoint:
+        if due["checkpoint"]:
             if mesh.rank == 0:
                 described = {"data_fingerprint": data.fingerprint, **provenance()}
                 save_checkpoint(run_dir, state, config, described, config.checkpoint.keep)

@@ -97,6 +97,17 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert finished(config_of(), tmp_path / "parts", pytest.fail)
 
 
+def test_channels_last_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    """The moments must come back in the layout of the weights, which the fused optimiser walks by address."""
+    unet = {"network__kind": "unet", "network__channels": [8], "network__attention": [False]}
+    changes = unet | {"precision__channels_last": True}
+    run(tmp_path / "whole", config_of(**changes, budget__amount=8))
+    run(tmp_path / "parts", config_of(**changes, budget__amount=4))
+    run(tmp_path / "parts", config_of(**changes, budget__amount=8))
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 @pytest.mark.parametrize(
     ("unit", "amount", "changes", "steps"),
     [

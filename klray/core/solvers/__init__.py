@@ -9,8 +9,6 @@ from torch import Tensor
 
 from klray.core.solvers import ddim
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # x [B, C, H, W], t 0-dim float64 -> x0_hat [B, C, H, W]
-
 
 @dataclass(frozen=True)
 class Solver:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
 
 
 def sample(
-    denoiser: Callable[[Tensor, Tensor], Tensor],
+    denoiser: Denoiser,
     schedule: Schedule,
     x: Tensor,
     timesteps: Tensor,
