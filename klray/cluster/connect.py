@@ -16,8 +16,8 @@ _ENVIRONMENT = {
 }
 
 
-def connect(num_cpus: int | None = None) -> None:
-    """Connects once; later calls do nothing. A local cluster has ``num_cpus`` CPUs and listens on loopback only.
+def connect() -> None:
+    """Connects once; later calls do nothing. A local cluster has its dashboard on loopback only.
 
     Its dashboard is needed: without the State API, trials that are stopped never free their workers.
     """
@@ -35,7 +35,6 @@ def connect(num_cpus: int | None = None) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it tells that token auth is on
     ray.init(
         address="local",
-        num_cpus=num_cpus,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
         _node_ip_address="127.0.0.1",

@@ -15,7 +15,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     from klray.cluster.connect import connect
 
-    connect(num_cpus=2)  # workers share the cores as they do for a driver started by hand, with the same threads
+    connect()
     yield
     ray.shutdown()
 

@@ -69,7 +69,7 @@ BAD_SETTINGS = {
     "process.beta_max=0.01": "process.beta_max must be >= beta_min = 0.1, got 0.01",
     "optimizer.lr": "--set takes key=value, got 'optimizer.lr'; for example optimizer.lr=2e-4",
     "optimizer.lr=[": "the value of --set optimizer.lr is not valid YAML: '['",
-    "network.init_from=nowhere": "no checkpoint at nowhere; give a run's folder or a checkpoint's",
+    "network.init_from=nowhere": "nowhere; give a run's folder or a checkpoint's",
     "data.channels=3": "data.channels must be 1 for these images, got 3",
 }
 
@@ -97,6 +97,10 @@ def test_a_bad_setting_is_one_line_and_exit_2(setting: str, capsys: pytest.Captu
         (["--config", "digits", "--runner", "local", "--name", "../up"], "--name must be letters, digits"),
         (["--config", "mnist_small", "--runner", "local"], "KLRAY_DATA"),
         (["--config", "image_folder"], "data.path must name the folder"),
+        (
+            ["--config", "digits", "--set", "network.init_from=nowhere"],
+            "nowhere; give a run's folder or a checkpoint's",
+        ),
         (["--config", "digits", "--wide"], "unrecognized arguments: --wide"),
     ],
 )
