@@ -37,7 +37,6 @@ def connect() -> None:
         address="local",
         include_dashboard=True,
         dashboard_host="127.0.0.1",
-        _node_ip_address="127.0.0.1",
         runtime_env=runtime_env,
         log_to_driver=False,
         logging_level=logging.WARNING,
