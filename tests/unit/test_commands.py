@@ -43,6 +43,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("KLRAY_DATA", str(tmp_path / "no-data"))
 
 
 BAD_SETTINGS = {
@@ -95,7 +96,7 @@ def test_a_bad_setting_is_one_line_and_exit_2(setting: str, capsys: pytest.Captu
         (["--config", "digits", "--workers", "3"], "optimizer.batch_size must be a multiple of mesh.data = 3, got 64"),
         (["--config", "digits", "--runner", "cloud"], "invalid choice: 'cloud'"),
         (["--config", "digits", "--runner", "local", "--name", "../up"], "--name must be letters, digits"),
-        (["--config", "mnist_small", "--runner", "local"], "KLRAY_DATA"),
+        (["--config", "mnist_small", "--runner", "local"], "set KLRAY_DATA"),
         (["--config", "image_folder"], "data.path must name the folder"),
         (
             ["--config", "digits", "--set", "network.init_from=nowhere"],
