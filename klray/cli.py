@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 
 from klray.errors import RunError, UserError
@@ -19,6 +20,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(name: str, command: Callable[[], int], resume: str = "") -> int:
     """Runs a command: the user's mistakes are one line and exit 2, a failure is one line and exit 1, Ctrl-C is 130."""
+    # Libraries below call what torch has deprecated; whoever runs a command can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
     try:
         return command()
     except UserError as error:
