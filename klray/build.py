@@ -67,8 +67,7 @@ def build_network(config: Config) -> TermNetwork:
 
 def build_denoiser(config: Config, network: TermNetwork, process: NoiseProcess) -> TermDenoiser:
     """What solvers call; the network should be in evaluation mode."""
-    prediction = "term" if process.num_terms == 1 else config.loss.prediction
-    return TermDenoiser(network, process, prediction, config.loss.term_chunk, config.sampling.clip_x0)
+    return TermDenoiser(network, process, config.loss.prediction, config.loss.term_chunk, config.sampling.clip_x0)
 
 
 def build_sampler(config: Config) -> tuple[Solver, Callable[[NoiseProcess], Tensor]]:

@@ -58,7 +58,11 @@ def _train(args: Namespace) -> int:
         return _dry_run(config, name, (data_size, basis_size))
     data = _data(config)
     if args.runner == "torchrun" and os.environ["RANK"] != "0":
-        _in_process(config, data, (data_size, basis_size), (args.runs / name).resolve(), {})
+        from klray.training.loop import finished
+
+        run_dir = (args.runs / name).resolve()
+        if not finished(config, run_dir, warn=lambda text: None):  # rank 0 asks the same, and says it
+            _in_process(config, data, (data_size, basis_size), run_dir, {})
         return 0
     return _drive(args, config, name, (data_size, basis_size), data)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
+from argparse import Namespace
 from pathlib import Path
+
+from klray.cli import Parser, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Sends what MLflow does not have yet; 0 when all of it is there, 2 with one line on stderr when not."""
-    parser = argparse.ArgumentParser(
-        prog="python -m klray.upload",
+    parser = Parser(
+        prog="klray.upload",
         description="Sends a run's records to MLflow: everything that is not there yet, each point once.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a run's directory, with records.jsonl in it")
@@ -20,20 +21,22 @@ def main(argv: list[str] | None = None) -> int:
         help="where to send it: http://HOST:PORT or sqlite:///PATH/mlflow.db (default: the run's own)",
     )
     args = parser.parse_args(argv)
+    return run_command("klray.upload", lambda: _upload(args))
 
+
+def _upload(args: Namespace) -> int:
     from klray.tracking.mlflow_upload import upload
     from klray.tracking.state import TrackingError, load_state, redact
 
     try:
         count = upload(args.run_dir, args.tracking_uri)
         state = load_state(args.run_dir)
-    except (TrackingError, OSError) as error:
-        print(f"klray.upload: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise TrackingError(str(error)) from error
     where = f"{redact(state.uri)}, experiment {state.experiment}, run {state.run_id}" if state else "MLflow"
     print(f"{count} records sent to {where}" if count else f"nothing left to send, all is at {where}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

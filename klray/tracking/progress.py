@@ -36,11 +36,11 @@ class ProgressLines:
         self.shown_at = now
         began, before = self.start
         left = duration((1 - used) * (now - began) / (used - before)) if used > before else "?"
-        memory = f"  {values['perf/memory_gib']:.1f} GiB" if "perf/memory_gib" in values else ""
         self.show(
             f"{min(used, 1):4.0%}  step {int(values['step']):,}  {values['images_seen'] / 1000:,.1f}k images  "
             f"{values['network_evals'] / 1000:,.1f}k evals  loss {values['train/loss']:.4f}  "
-            f"{values['perf/images_per_s']:,.0f} images/s  data {values['perf/data_wait']:.1%}{memory}  left {left}"
+            f"{values['perf/images_per_s']:,.0f} images/s  data {values['perf/data_wait']:.1%}  "
+            f"{values['perf/memory_gib']:.1f} GiB  left {left}"
         )
 
 

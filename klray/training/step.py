@@ -111,7 +111,7 @@ class TrainStep:
             z,
             t,
             coupling=config.loss.coupling,
-            prediction="term" if self.process.num_terms == 1 else config.loss.prediction,
+            prediction=config.loss.prediction,
             terms=terms,
             chunks=mine.split(config.loss.term_chunk or len(mine)) if len(mine) else (),
             sum_over_basis=self.mesh.sum_over_basis,

@@ -183,15 +183,18 @@ def test_torchrun_continues_what_a_plain_process_began(tmp_path: Path) -> None:
     """Another runner and another mesh: equal to rounding, as one run of a single process."""
     mlp = ["network.kind=mlp", "tracking.uri=off", "precision.amp=off", "checkpoint.every_images=160"]
 
-    def train(name: str, amount: int, launcher: list[str], *extra: str) -> None:
+    def train(name: str, amount: int, launcher: list[str], *extra: str) -> str:
         more = settings(*mlp, f"budget.amount={amount}")
         argv = ["-m", "klray.train", "--config", "digits", "--name", name, *more, *extra]
         result = run([*launcher, *argv], tmp_path, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr
+        return result.stdout
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
     train("mixed", 320, [sys.executable], "--runner", "local")
     train("mixed", 640, torchrun, "--runner", "torchrun", "--set", "mesh.basis=2")
+    # A finished run ends at once on every rank, none waiting for another.
+    assert "has finished" in train("mixed", 640, torchrun, "--runner", "torchrun", "--set", "mesh.basis=2")
     train("single", 640, [sys.executable], "--runner", "local")
     ends = []
     for name in ("mixed", "single"):

@@ -274,6 +274,18 @@ def test_a_checkpoint_holds_what_it_says(tmp_path: Path) -> None:
     assert torch.equal(network.backbone.first.weight, ema_network(state).backbone.first.weight)
 
 
+@pytest.mark.parametrize("prediction", ["term", "coefficient", "share"])
+def test_the_prediction_means_nothing_to_a_process_of_one_whole_term(prediction: str, tmp_path: Path) -> None:
+    """Its coefficient is 1; but one term of the paper's marginal has another, and is told apart."""
+    for name, process in (("vp", {"process__num_terms": 0}), ("paper", {"process__marginal": "paper"})):
+        for kind in ("term", prediction):
+            changes = {"process__num_terms": 1} | process | {"loss__prediction": kind, "budget__amount": 3}
+            run(tmp_path / name / kind, config_of(**changes))
+        first, other = (tensors(tmp_path / name / kind) for kind in ("term", prediction))
+        same = all(torch.equal(first[key], other[key]) for key in first)
+        assert same == (name == "vp" or prediction != "coefficient")  # the share of one term is 1 as well
+
+
 @pytest.mark.parametrize("architecture", ["repeated", "wide"])
 @pytest.mark.parametrize("prediction", ["share", "term"])
 def test_init_from_starts_at_the_baseline(architecture: str, prediction: str, tmp_path: Path) -> None:
