@@ -1,9 +1,12 @@
-"""Noise schedules of the forward process x_t = alpha(t) x_0 + sigma(t) eps, with t in [0, 1] and t = 0 the data."""
+"""Noise schedules of the forward process x_t = alpha(t) x_0 + sigma(t) eps; t = 0 is the data."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,4 +79,142 @@ class VPLinear:
     @property
     def prior_std(self) -> float:
         """Standard deviation of the noise that sampling starts from, sigma(t_max)."""
-        return float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64)))
+        return _prior_std(self)
+
+
+class VPCosine:
+    """The cosine schedule, alpha = cos(a)/cos(a_0) with a = (t + s)/(1 + s) pi/2 (arXiv 2102.09672, eq. 17).
+
+    Its noise end is t = 0.9946, beyond which lam falls off to minus infinity (arXiv 2206.00927, appendix D).
+    """
+
+    def __init__(self, s: float = 0.008, t_min: float = 1e-3, t_max: float = 0.9946) -> None:
+        if not (s > 0 and 0 <= t_min < t_max < 1):
+            raise ValueError(
+                f"VPCosine needs s > 0 and 0 <= t_min < t_max < 1, got s={s}, t_min={t_min}, t_max={t_max}"
+            )
+        self.s, self.t_min, self.t_max = s, t_min, t_max
+        self._rate = math.pi / 2 / (1 + s)  # da/dt
+        self._first = s * self._rate  # a_0
+
+    def _angle(self, t: Tensor) -> Tensor:
+        return self._first + self._rate * t.double()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha = cos(a)/cos(a_0)."""
+        return (torch.cos(self._angle(t)) / math.cos(self._first)).to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """sigma^2 = 1 - alpha^2 = sin(a - a_0) sin(a + a_0)/cos(a_0)^2: exact for small t."""
+        product = torch.sin(self._rate * t.double()) * torch.sin(self._angle(t) + self._first)
+        return (torch.sqrt(product) / math.cos(self._first)).to(t.dtype)
+
+    def lam(self, t: Tensor) -> Tensor:
+        """lam = log(alpha/sigma)."""
+        return torch.log(self.alpha(t.double()) / self.sigma(t.double())).to(t.dtype)
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        """The inverse of ``lam``: tan(a)^2 = (sigma^2 + alpha^2 sin(a_0)^2)/(alpha^2 cos(a_0)^2)."""
+        ratio = torch.exp(-2 * lam.double()) + math.sin(self._first) ** 2  # sigma^2/alpha^2 + sin(a_0)^2
+        angle = torch.atan2(torch.sqrt(ratio), torch.full_like(ratio, math.cos(self._first)))
+        return ((angle - self._first) / self._rate).to(lam.dtype)
+
+    @property
+    def prior_std(self) -> float:
+        """sigma(t_max)."""
+        return _prior_std(self)
+
+
+class VPDiscrete:
+    """A variance-preserving chain of T steps, as diffusers' models have it: alphas_cumprod[k] is alpha^2 at (k + 1)/T.
+
+    Between those times, and down to alpha(0) = 1, log alpha is linear in t, so ``lam`` has an exact inverse. The
+    network of such a model is shown the index T t - 1. Steps at the end with alpha = 0 (zero terminal SNR) hold no
+    signal to start from; sampling begins at the last step before them.
+
+    Args:
+        alphas_cumprod: [T], falling, from below 1.
+
+    Raises:
+        ValueError: for numbers that do not fall, or leave (0, 1).
+    """
+
+    def __init__(self, alphas_cumprod: Tensor | np.ndarray | Sequence[float]) -> None:
+        squared = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
+        steps = len(squared)
+        kept = squared[: steps - int((squared.flip(0).cumsum(0) == 0).sum())]
+        if len(kept) < 2 or not bool((kept.diff() < 0).all() and (kept > 0).all() and (kept < 1).all()):
+            raise ValueError("alphas_cumprod must fall strictly within (0, 1); zeros are allowed at the end")
+        self.num_train_steps = steps
+        self.t_min, self.t_max = 1 / steps, len(kept) / steps
+        self._times = torch.arange(len(kept) + 1, dtype=torch.float64) / steps
+        self._log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log(kept)])
+
+    def _log(self, t: Tensor) -> Tensor:
+        return _interpolate(t.double(), self._times.to(t.device), self._log_alpha.to(t.device))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha, log-linear between the model's steps."""
+        return torch.exp(self._log(t)).to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """sigma = sqrt(1 - alpha^2)."""
+        return torch.sqrt(-torch.expm1(2 * self._log(t))).to(t.dtype)
+
+    def lam(self, t: Tensor) -> Tensor:
+        """lam = -log(1/alpha^2 - 1)/2."""
+        return (-0.5 * torch.log(torch.expm1(-2 * self._log(t)))).to(t.dtype)
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        """The inverse of ``lam``: -log alpha = log(1 + e^{-2 lam})/2, found between its nodes."""
+        level = 0.5 * torch.logaddexp(torch.zeros((), dtype=torch.float64, device=lam.device), -2 * lam.double())
+        return _interpolate(level, -self._log_alpha.to(lam.device), self._times.to(lam.device)).to(lam.dtype)
+
+    @property
+    def prior_std(self) -> float:
+        """sigma(t_max)."""
+        return _prior_std(self)
+
+
+class EDM:
+    """The variance-exploding process in Karras et al.'s time, t = sigma, alpha = 1 (arXiv 2206.00364, table 1).
+
+    Its time is the noise level itself, in [0.002, 80] by default, not in [0, 1].
+    """
+
+    def __init__(self, t_min: float = 0.002, t_max: float = 80.0) -> None:
+        if not 0 < t_min < t_max:
+            raise ValueError(f"EDM needs 0 < t_min < t_max, got t_min={t_min}, t_max={t_max}")
+        self.t_min, self.t_max = t_min, t_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """t."""
+        return t
+
+    def lam(self, t: Tensor) -> Tensor:
+        """-log t."""
+        return -torch.log(t.double()).to(t.dtype)
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        """e^{-lam}."""
+        return torch.exp(-lam.double()).to(lam.dtype)
+
+    @property
+    def prior_std(self) -> float:
+        """t_max."""
+        return self.t_max
+
+
+def _prior_std(schedule: Schedule) -> float:
+    return float(schedule.sigma(torch.tensor(schedule.t_max, dtype=torch.float64)))
+
+
+def _interpolate(x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:
+    """Linear between rising ``nodes``, continued beyond the ends; differentiable in x."""
+    k = torch.searchsorted(nodes, x.detach().contiguous()).clamp(1, len(nodes) - 1)
+    slope = (values[k] - values[k - 1]) / (nodes[k] - nodes[k - 1])
+    return values[k - 1] + slope * (x - nodes[k - 1])

@@ -1,12 +1,9 @@
-"""Time grids, DDIM and the images that come out."""
+"""From a network and a solver to images."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from klray.core.denoiser import TermDenoiser
@@ -19,7 +16,6 @@ from klray.networks.mlp import MLP
 from klray.networks.terms import TermNetwork
 from klray.training.sampling import image_grid, sample_images
 
-SCHEDULES = {"vp": VPLinear(), "truncated": KarhunenLoeve(VPLinear(), 8, "truncated")}
 DATA_STD = 0.5
 
 
@@ -31,113 +27,6 @@ def gaussian_denoiser(schedule: Schedule):  # type: ignore[no-untyped-def]
         return alpha * DATA_STD**2 / (alpha**2 * DATA_STD**2 + sigma**2) * x
 
     return denoiser
-
-
-def exact_flow(schedule: Schedule, x: Tensor, start: float, end: float) -> Tensor:
-    """On Gaussian data the probability flow scales x with the standard deviation of x_t."""
-    t = torch.tensor([start, end], dtype=torch.float64)
-    std = (schedule.alpha(t) ** 2 * DATA_STD**2 + schedule.sigma(t) ** 2).sqrt()
-    return x * std[1] / std[0]
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("name", TIMESTEPS)
-def test_every_grid(name: str, schedule: Schedule) -> None:
-    for steps in (1, 2, 7, 100):
-        grid = TIMESTEPS[name](schedule, steps)
-        assert grid.shape == (steps + 1,)
-        assert grid.dtype == torch.float64
-        assert bool((grid.diff() < 0).all())
-        assert (float(grid[0]), float(grid[-1])) == (1.0, 1e-3)
-    grid = TIMESTEPS[name](schedule, 5, t_min=0.01, t_max=0.8)
-    assert (float(grid[0]), float(grid[-1])) == (0.8, 0.01)
-    for wrong in ({"num_steps": 0}, {"num_steps": 3, "t_min": 0.9, "t_max": 0.5}, {"num_steps": 3, "t_min": 0.0}):
-        with pytest.raises(ValueError, match="got"):
-            TIMESTEPS[name](schedule, **wrong)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_what_each_grid_is_uniform_in(schedule: Schedule) -> None:
-    uniform_in = {
-        "time_uniform": lambda t, lam: t,
-        "time_quadratic": lambda t, lam: (t - 1e-3).clamp_min(0).sqrt(),
-        "logsnr": lambda t, lam: lam,
-        "edm": lambda t, lam: torch.exp(-lam / 7),
-        "arctan": lambda t, lam: torch.atan(torch.exp(-lam) / 0.5),
-    }
-    assert set(uniform_in) == set(TIMESTEPS)
-    for name, scale in uniform_in.items():
-        grid = TIMESTEPS[name](schedule, 12)
-        steps = scale(grid, schedule.lam(grid)).diff()
-        torch.testing.assert_close(steps, steps.mean().expand(12), rtol=1e-6, atol=0)
-
-
-def test_ddim_equals_diffusers() -> None:
-    scheduler = DDIMScheduler(trained_betas=_betas().numpy(), clip_sample=False, set_alpha_to_one=False)
-    scheduler.set_timesteps(20)
-    steps = scheduler.timesteps  # 950, 900, ..., 0
-    schedule = VPLinear()
-    times = (steps.double() + 1) / 1000
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=generator)
-
-    def eps_hat(x: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(x) * (0.5 + t)
-
-    theirs = x
-    for k in steps[:-1]:
-        theirs = scheduler.step(eps_hat(theirs, (k.double() + 1) / 1000), k, theirs).prev_sample
-
-    def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        return (x - schedule.sigma(t) * eps_hat(x, t)) / schedule.alpha(t)
-
-    ours = SOLVERS["ddim"].sample(denoiser, schedule, x, times)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def _betas() -> Tensor:
-    alpha = VPLinear().alpha(torch.arange(1001, dtype=torch.float64) / 1000)
-    return 1 - (alpha[1:] / alpha[:-1]) ** 2
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("name", SOLVERS)
-def test_order_of_convergence(name: str, schedule: Schedule) -> None:
-    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    start, end = 0.9, 0.01
-    exact = exact_flow(schedule, x, start, end)
-    counts = [40, 80, 160]
-    errors = []
-    for steps in counts:
-        grid = TIMESTEPS["logsnr"](schedule, steps, t_min=end, t_max=start)
-        errors.append(float((SOLVERS[name].sample(gaussian_denoiser(schedule), schedule, x, grid) - exact).abs()))
-    slope = math.log(errors[0] / errors[-1]) / math.log(counts[-1] / counts[0])
-    assert slope == pytest.approx(SOLVERS[name].order, abs=0.15)
-
-
-@pytest.mark.parametrize("convert_with", ["net", "grid"])
-def test_gradients_with_respect_to_both_grids(convert_with: str) -> None:
-    schedule = VPLinear()
-    grid = TIMESTEPS["logsnr"](schedule, 4).requires_grad_()
-    shown = (TIMESTEPS["logsnr"](schedule, 4) * torch.tensor([1, 0.97, 1.02, 0.99, 1])).requires_grad_()
-    x = torch.linspace(-1, 1, 4, dtype=torch.float64).view(1, 1, 2, 2)
-    calls: list[Tensor] = []
-
-    def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        calls.append(t)
-        return torch.tanh(gaussian_denoiser(schedule)(x, t))
-
-    def run(grid: Tensor, shown: Tensor) -> Tensor:
-        return SOLVERS["ddim"].sample(denoiser, schedule, x, grid, shown, convert_with=convert_with)
-
-    run(grid, shown)
-    assert len(calls) == SOLVERS["ddim"].nfe(4)
-    assert torch.autograd.gradcheck(run, (grid, shown))
-
-
-def test_an_unknown_conversion_is_refused() -> None:
-    with pytest.raises(ValueError, match="convert_with must be net or grid, got 'both'"):
-        SOLVERS["ddim"].sample(None, VPLinear(), torch.zeros(1), torch.ones(2), convert_with="both")
 
 
 def test_a_truncated_process_starts_from_its_own_prior() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
+from klray.core.solvers.path import Path
 
 
 def sample(
@@ -18,28 +19,17 @@ def sample(
     *,
     convert_with: str = "net",
 ) -> Tensor:
-    """Integrates from timesteps[0] to timesteps[-1] in len(timesteps) - 1 denoiser calls.
+    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; grids and raises as ``Path``.
 
     x_{i+1} = sigma_{i+1}/sigma_i x_i - alpha_{i+1} (e^{-h} - 1) x0_hat,   h = lam_{i+1} - lam_i
-
-    Args:
-        x: [B, C, H, W], the state at timesteps[0].
-        timesteps: [N + 1] float64, decreasing.
-        model_timesteps: [N + 1], the times shown to the network; None: ``timesteps``.
-        convert_with: where the two grids differ, x0_hat is taken as the denoiser gives it (``net``), or its noise
-            estimate is turned into x0_hat with the solver's time (``grid``).
-
-    Raises:
-        ValueError: for an unknown ``convert_with``.
     """
-    if convert_with not in ("net", "grid"):
-        raise ValueError(f"convert_with must be net or grid, got {convert_with!r}")
-    model_timesteps = timesteps if model_timesteps is None else model_timesteps
-    alpha, sigma, lam = schedule.alpha(timesteps), schedule.sigma(timesteps), schedule.lam(timesteps)
-    for i in range(len(timesteps) - 1):
-        x0_hat = denoiser(x, model_timesteps[i])
-        if convert_with == "grid":
-            eps_hat = (x - schedule.alpha(model_timesteps[i]) * x0_hat) / schedule.sigma(model_timesteps[i])
-            x0_hat = (x - sigma[i] * eps_hat) / alpha[i]
-        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(lam[i] - lam[i + 1]) * x0_hat
+    path = Path(denoiser, schedule, timesteps, model_timesteps, convert_with)
+    for i in range(path.num_steps):
+        x = step(path, x, path.x0_hat(x, i), i)
     return x
+
+
+def step(path: Path, x: Tensor, x0_hat: Tensor, i: int) -> Tensor:
+    """From point i to i + 1 with x0_hat held: exact for a constant x0_hat, and where the grid ends at sigma = 0."""
+    decay = torch.expm1(path.lam[i] - path.lam[i + 1])
+    return path.sigma[i + 1] / path.sigma[i] * x - path.alpha[i + 1] * decay * x0_hat
