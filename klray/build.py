@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from klray.config import Config, ConfigError
-from klray.core.denoiser import TermDenoiser
+from klray.config import Config, ConfigError, Sampling
+from klray.core.denoiser import Denoiser, TermDenoiser
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.process import Ensemble, NoiseProcess, SingleTerm
-from klray.core.schedule import VPLinear
+from klray.core.schedule import Schedule, VPLinear
 from klray.core.solvers import SOLVERS, Solver
 from klray.core.timesteps import TIMESTEPS
 from klray.networks.terms import TermNetwork
+from klray.parallel.mesh import Mesh
 
 
 def build_process(config: Config) -> NoiseProcess:
@@ -65,20 +69,93 @@ def build_network(config: Config) -> TermNetwork:
     return TermNetwork(backbone, terms, settings.architecture, settings.term_input, grid)
 
 
-def build_denoiser(config: Config, network: TermNetwork, process: NoiseProcess) -> TermDenoiser:
-    """What solvers call; the network should be in evaluation mode."""
-    return TermDenoiser(network, process, config.loss.prediction, config.loss.term_chunk, config.sampling.clip_x0)
+def build_denoiser(
+    config: Config, network: TermNetwork, process: NoiseProcess, mesh: Mesh | None = None
+) -> TermDenoiser:
+    """What solvers call; the network should be in evaluation mode. Terms are spread over the mesh's basis axis."""
+    mesh = mesh or Mesh()
+    return TermDenoiser(
+        network,
+        process,
+        config.loss.prediction,
+        config.loss.term_chunk,
+        config.sampling.clip_x0,
+        local_terms=mesh.local_terms,
+        sum_terms=mesh.sum_over_basis,
+    )
 
 
-def build_sampler(config: Config) -> tuple[Solver, Callable[[NoiseProcess], Tensor]]:
-    """The solver and its time grid, from sampling.*.
+@dataclass(frozen=True)
+class Grid:
+    """Times of a grid that was chosen point by point: [N + 1] each; ``model_timesteps`` None: the same ones."""
+
+    timesteps: list[float]
+    model_timesteps: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver, its time grid and its options: how noise becomes images, whatever the model."""
+
+    solver: Solver
+    nfe: int
+    options: dict[str, Any]
+    grid: Callable[[Schedule], tuple[Tensor, Tensor | None]]
+
+    def sample(self, denoiser: Denoiser, schedule: Schedule, noise: Tensor) -> Tensor:
+        """Unit noise [B, C, H, W] -> images. The start has the schedule's noise level at the grid's first time."""
+        timesteps, model_timesteps = self.grid(schedule)
+        x = schedule.sigma(timesteps[0]) * noise
+        return self.solver.sample(denoiser, schedule, x, timesteps, model_timesteps, **self.options)
+
+
+def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
+    """The sampler of sampling.*; ``grid`` stands in for the one that sampling.timesteps names.
 
     Raises:
-        ConfigError: for an unknown solver or time grid.
+        ConfigError: for an unknown solver, grid or option, and an NFE that the solver or the grid cannot spend.
     """
-    settings = config.sampling
     for key, name, known in (("solver", settings.solver, SOLVERS), ("timesteps", settings.timesteps, TIMESTEPS)):
-        if name not in known:
-            raise ConfigError(f"sampling.{key} must be one of {', '.join(known)}, got {name!r}")
-    grid = TIMESTEPS[settings.timesteps]
-    return SOLVERS[settings.solver], lambda process: grid(process, settings.num_steps)
+        if name not in known and (key == "solver" or grid is None):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"sampling.{key} must be one of {', '.join(known)}, got {name!r}; the nearest is {close}")
+    solver = SOLVERS[settings.solver]
+    if unknown := sorted(settings.options.keys() - solver.options):
+        known_options = ", ".join(solver.options)
+        raise ConfigError(f"sampling.options of {settings.solver} are {known_options}, got {unknown[0]!r}")
+    try:  # solvers refuse wrong values of their options
+        once = TIMESTEPS["logsnr"](VPLinear(), 1)
+        solver.sample(lambda x, t: x, VPLinear(), torch.zeros(1, 1, 1, 1), once, **settings.options)
+    except ValueError as error:
+        raise ConfigError(f"sampling.options: {error}") from error
+    num_steps = settings.num_steps if grid is None else len(grid.timesteps) - 1
+    orders: dict[str, list[int]] = {}
+    if settings.nfe is not None:
+        try:
+            planned, orders = solver.plan(settings.nfe)
+        except ValueError as error:
+            raise ConfigError(f"sampling.nfe: {error}") from error
+        if grid is not None and planned != num_steps:
+            raise ConfigError(
+                f"sampling.nfe: {settings.solver} makes {planned} steps of NFE {settings.nfe}, the grid has {num_steps}"
+            )
+        num_steps = planned
+    return Sampler(
+        solver=solver,
+        nfe=settings.nfe or solver.nfe(num_steps),
+        options={**settings.options, **orders},
+        grid=_named(TIMESTEPS[settings.timesteps], num_steps) if grid is None else _explicit(grid),
+    )
+
+
+def _named(name: Callable[..., Tensor], num_steps: int) -> Callable[[Schedule], tuple[Tensor, Tensor | None]]:
+    return lambda schedule: (name(schedule, num_steps), None)
+
+
+def _explicit(grid: Grid) -> Callable[[Schedule], tuple[Tensor, Tensor | None]]:
+    timesteps, model_timesteps = (
+        None if times is None else torch.tensor(times, dtype=torch.float64)
+        for times in (grid.timesteps, grid.model_timesteps)
+    )
+    assert timesteps is not None
+    return lambda schedule: (timesteps, model_timesteps)

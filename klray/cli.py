@@ -35,6 +35,72 @@ def run_command(name: str, command: Callable[[], int], resume: str = "") -> int:
         return 130
 
 
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that draws images from a trained model."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR|RUN_ID",
+        help="a run, a checkpoint, a diffusers folder, an MLflow run id",
+    )
+    parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the solver, as variant=bh2; repeatable"
+    )
+    parser.add_argument(
+        "--clip-x0", choices=("yes", "no"), help="clamp x0 to [-1, 1] (default: as the model's settings)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images that go through the network at once (default 64)"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes, on Ray if more than one (default: one for each GPU, else 1)"
+    )
+    parser.add_argument("--basis", type=int, default=1, help="workers that share an image's terms (default 1)")
+    parser.add_argument("--compile", action="store_true", help="compile the network; pays for thousands of images")
+
+
+def check_sampling_flags(args: argparse.Namespace) -> None:
+    """Refuses wrong numbers before anything is loaded.
+
+    Raises:
+        UserError: one line.
+    """
+    for flag in ("batch_size", "workers", "basis"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be >= 1, got {value}")
+    if args.workers is not None and args.workers % args.basis:
+        raise UserError(f"--basis must divide --workers, {args.workers}, got {args.basis}")
+
+
+def options_of(texts: list[str]) -> dict[str, bool | str]:
+    """``--option`` KEY=VALUE; true and false are truth values.
+
+    Raises:
+        UserError: for a text without =.
+    """
+    options: dict[str, bool | str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option takes KEY=VALUE, got {text!r}; for example variant=bh2")
+        options[key.strip()] = {"true": True, "false": False}.get(value.strip().lower(), value.strip())
+    return options
+
+
+def seeds_of(text: str) -> range:
+    """``A-B``, both included, or one number.
+
+    Raises:
+        UserError: for anything else.
+    """
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+        raise UserError(f"--seeds must be A-B with A <= B, or one number, got {text!r}; for example 0-63")
+    return range(int(first), int(last or first) + 1)
+
+
 def duration(seconds: float) -> str:
     """12 s, 3 min 04 s, 2 h 05 min."""
     whole = round(seconds)

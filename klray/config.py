@@ -146,7 +146,9 @@ class Checkpoint(_Section):
 class Sampling(_Section):
     solver: str = "ddim"
     num_steps: PositiveInt = 20
+    nfe: PositiveInt | None = None  # instead of num_steps: score evaluations an image, spent as the solver does
     timesteps: str = "logsnr"
+    options: dict[str, bool | str] = {}  # of the solver: variant, third_order, lower_order_final, convert_with
     clip_x0: bool = True
     every_images: PositiveInt = 50_000
     images: PositiveInt = 64

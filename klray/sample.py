@@ -4,87 +4,107 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from klray.cli import Parser, run_command
+from klray.cli import Parser, add_sampling_flags, check_sampling_flags, options_of, run_command, seeds_of
+
+if TYPE_CHECKING:
+    from klray.training.model import Model
 
 
 def parse(argv: list[str] | None) -> Namespace:
     """The command line."""
     parser = Parser(prog="klray.sample", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR|RUN_ID", help="a run, a checkpoint, an MLflow run id"
-    )
-    parser.add_argument("--tracking-uri", metavar="URI", help="where the MLflow run id is to be found")
-    parser.add_argument("--solver", default="ddim", help="sampling method")
+    add_sampling_flags(parser)
+    parser.add_argument("--solver", help="sampling method (default: the model's sampling.solver)")
     parser.add_argument("--nfe", type=int, help="score evaluations an image (default: the model's sampling.num_steps)")
-    parser.add_argument("--timesteps", help="time grid (default: the model's sampling.timesteps)")
+    parser.add_argument(
+        "--timesteps",
+        metavar="NAME|FILE",
+        help="time grid, or a list in a .json or an LD3 .pt file (default: the model's)",
+    )
     parser.add_argument("--seeds", default="0-63", metavar="A-B", help="one image for each seed, A to B (default 0-63)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images that go through the network at once")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid's PNG file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        help="a grid (.png), all images (.zip, .npz, or a folder); repeatable (default samples.png)",
+    )
     parser.add_argument("--export", type=Path, metavar="DIR", help="also write the model as a diffusers DDIMPipeline")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 the user's mistake, 130 stopped by Ctrl-C."""
+    """Returns the exit status: 0 done, 2 the user's mistake, 1 a failure, 130 stopped by Ctrl-C."""
     args = parse(argv)
     return run_command("klray.sample", lambda: _sample(args))
 
 
 def _sample(args: Namespace) -> int:
+    from contextlib import ExitStack
+
     import torch
-    from PIL import Image
+    from tqdm import tqdm
 
-    from klray.build import build_denoiser, build_process, build_sampler
-    from klray.config import ConfigError, override
-    from klray.networks.weights import save_pipeline
+    from klray.build import build_sampler
+    from klray.cluster.connect import default_workers
+    from klray.cluster.spread import spread
+    from klray.discretize.grid_files import is_grid_file, read_grid
     from klray.tracking.find import checkpoint_folder
-    from klray.training.checkpoint import load_network
-    from klray.training.sampling import image_grid, sample_images
+    from klray.training.image_files import check_target, open_target
+    from klray.training.model import load_model
+    from klray.training.sampling import Drawing, SamplingTask, batches_of, sampling_of
 
-    seeds = _seeds(args.seeds)
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size must be >= 1, got {args.batch_size}")
-    config, network = load_network(checkpoint_folder(args.checkpoint, args.tracking_uri))
-    asked = {"solver": args.solver, "num_steps": args.nfe, "timesteps": args.timesteps}
-    changes = [(f"sampling.{key}", value) for key, value in asked.items() if value is not None]
-    config = override(config.model_dump(mode="json"), changes)
-    solver, grid = build_sampler(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process = build_process(config)
-    denoiser = build_denoiser(config, network.to(device), process)
-    if args.export is not None:
-        try:
-            save_pipeline(network, process, denoiser.prediction, args.export, clip_x0=config.sampling.clip_x0)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        print(f"wrote {args.export}: diffusers.DDIMPipeline.from_pretrained({str(args.export)!r})")
-    shape = (config.data.channels, config.data.image_size, config.data.image_size)
-    images = sample_images(
-        denoiser,
-        solver,
-        grid(process),
-        seeds,
-        shape,
-        batch_size=args.batch_size,
-        device=device,
-        progress=lambda done: print(f"\r{done}/{len(seeds)} images", end="", flush=True),
+    check_sampling_flags(args)
+    batches = batches_of(seeds_of(args.seeds), args.batch_size)
+    targets = args.out or [Path("samples.png")]
+    for target in targets:
+        check_target(target)
+    checkpoint = checkpoint_folder(args.checkpoint, args.tracking_uri).resolve()
+    model = load_model(checkpoint, torch.device("cpu"))
+    if model.assumed is not None:
+        print(f"note: {model.assumed}")
+    from_file = args.timesteps is not None and is_grid_file(args.timesteps)
+    grid = read_grid(Path(args.timesteps), model.schedule) if from_file else None
+    settings = sampling_of(
+        model, solver=args.solver, nfe=args.nfe, timesteps=args.timesteps, options=options_of(args.option) or None
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image_grid(images)).save(args.out)
-    nfe = solver.nfe(config.sampling.num_steps)
-    evals = nfe * (1 if network.wide else process.num_terms)
-    print(f"\nwrote {args.out}: seeds {args.seeds}, {args.solver}, {nfe} NFE, {evals} network evaluations an image")
+    if from_file and args.nfe is None:
+        settings = settings.model_copy(update={"nfe": None})
+    sampler = build_sampler(settings, grid)
+    if args.export is not None:
+        _export(model, args.export)
+    clip = None if args.clip_x0 is None else args.clip_x0 == "yes"
+    task = SamplingTask(Drawing(checkpoint, args.batch_size, clip, args.compile), settings, grid)
+    workers = args.workers or default_workers() * args.basis
+    with ExitStack() as stack:
+        writers = [stack.enter_context(open_target(target)) for target in targets]
+        bar = stack.enter_context(tqdm(total=sum(map(len, batches)), unit=" images", smoothing=0.1, mininterval=0.5))
+        for seeds, images in zip(batches, spread(task, batches, workers=workers, basis=args.basis), strict=True):
+            for write in writers:
+                write(seeds, images)
+            bar.update(len(seeds))
+    evals = sampler.nfe * model.evals
+    how = f"{settings.solver}, {settings.timesteps}, {sampler.nfe} NFE, {evals} network evaluations an image"
+    for target in targets:
+        print(f"wrote {target}: seeds {args.seeds}, {how}")
     return 0
 
 
-def _seeds(text: str) -> range:
+def _export(model: Model, folder: Path) -> None:
+    from klray.build import build_process
     from klray.config import ConfigError
+    from klray.networks.weights import save_pipeline
+    from klray.training.checkpoint import load_network
 
-    first, _, last = text.partition("-")
-    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
-        raise ConfigError(f"--seeds must be A-B with A <= B, or one number, got {text!r}; for example 0-63")
-    return range(int(first), int(last or first) + 1)
+    if model.config is None:
+        raise ConfigError("--export writes a klray model in diffusers' format; this model has it already")
+    _, network = load_network(model.folder)
+    try:
+        save_pipeline(network, build_process(model.config), model.config.loss.prediction, folder, clip_x0=model.clip_x0)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(f"wrote {folder}: diffusers.DDIMPipeline.from_pretrained({str(folder)!r})")
 
 
 if __name__ == "__main__":

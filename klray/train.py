@@ -44,7 +44,7 @@ def _train(args: Namespace) -> int:
 
     seed = [] if args.seed is None else [f"seed={args.seed}"]
     config = load_config(args.config, [*args.set, *seed])
-    build_sampler(config)
+    build_sampler(config.sampling)
     config = _checked_start(config)
     data_size, basis_size = resolve_mesh(
         _workers(args),
@@ -104,14 +104,9 @@ def _workers(args: Namespace) -> int:
         return 1
     if args.workers is not None:
         return args.workers
-    if os.environ.get("RAY_ADDRESS"):
-        from klray.cluster.connect import cluster_size, connect
+    from klray.cluster.connect import default_workers
 
-        connect()
-        return max(1, cluster_size()[1])
-    import torch
-
-    return max(1, torch.cuda.device_count())
+    return default_workers()
 
 
 def _data(config: Config) -> ImageData:

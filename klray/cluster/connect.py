@@ -49,3 +49,19 @@ def cluster_size() -> tuple[int, int]:
 
     resources = ray.cluster_resources()
     return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+
+
+def cpu_share(workers: int) -> float:
+    """The CPUs of each worker; on a machine with fewer CPUs than workers they share them."""
+    cpus, _ = cluster_size()
+    return cpus // workers if cpus >= workers else int(1000 * cpus / workers) / 1000
+
+
+def default_workers() -> int:
+    """One worker for each GPU, of the cluster that RAY_ADDRESS names or of this machine; one without any."""
+    if os.environ.get("RAY_ADDRESS"):
+        connect()
+        return max(1, cluster_size()[1])
+    import torch
+
+    return max(1, torch.cuda.device_count())

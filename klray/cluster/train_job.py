@@ -12,7 +12,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from klray.cluster.connect import cluster_size
+from klray.cluster.connect import cluster_size, cpu_share
 from klray.config import Config, override
 from klray.errors import RunError, UserError
 from klray.tracking.records import RecordWriter
@@ -47,12 +47,11 @@ def run_on_ray(
         TrainingError: where training failed for good.
     """
     workers = mesh_shape[0] * mesh_shape[1]
-    cpus, gpus = cluster_size()
+    _, gpus = cluster_size()
     use_gpu = gpus > 0
     if use_gpu and workers > gpus:
         raise WorkersError(f"--workers must be at most the cluster's GPUs, {gpus}, got {workers}")
-    # On a machine with fewer cores than workers they share them.
-    share = cpus // workers if cpus >= workers else int(1000 * cpus / workers) / 1000
+    share = cpu_share(workers)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={

@@ -53,7 +53,7 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: Config, provenance
     }
     (aside / "state.json").write_text(json.dumps(described, indent=1))
     files = sorted(p for p in aside.rglob("*") if p.is_file())
-    manifest = {str(p.relative_to(aside)): _sha256(p) for p in files}
+    manifest = {str(p.relative_to(aside)): file_digest(p) for p in files}
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in (*files, aside / "manifest.json", aside / "network", aside):
         _to_disk(path)
@@ -94,7 +94,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, digest in manifest.items():
-            if _sha256(path / name) != digest:
+            if file_digest(path / name) != digest:
                 raise CheckpointError(f"checkpoint file {path / name} is altered or torn (its sha256 differs)")
         state = json.loads((path / "state.json").read_text())
     except (OSError, json.JSONDecodeError, AttributeError) as error:
@@ -131,19 +131,29 @@ def restore(path: Path, state: TrainState) -> dict[str, Any]:
     return described
 
 
-def load_network(path: Path) -> tuple[Config, TermNetwork]:
-    """A checkpoint's configuration and averaged network, in evaluation mode. ``path``: a checkpoint or a run's folder.
+def whole_checkpoint(path: Path) -> Path:
+    """``path`` if it is a checkpoint, else the newest whole one of the run that it is the folder of.
 
     Raises:
-        CheckpointError: where there is no whole checkpoint.
+        CheckpointError: where there is none.
     """
     if not (path / "manifest.json").exists() and (path / "checkpoints").is_dir():
         latest = load_latest(path, warn=lambda message: None)
         if latest is None:
             raise CheckpointError(f"run {path} has no checkpoint yet")
-        path = latest
+        return latest
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}; give a run's folder or a checkpoint's")
+    return path
+
+
+def load_network(path: Path) -> tuple[Config, TermNetwork]:
+    """A checkpoint's configuration and averaged network, in evaluation mode. ``path``: as for ``whole_checkpoint``.
+
+    Raises:
+        CheckpointError: where there is no whole checkpoint.
+    """
+    path = whole_checkpoint(path)
     config = override(read_state(path)["config"], ())
     network = build_network(config)
     _load_network(path, network)
@@ -182,7 +192,8 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -133,16 +133,14 @@ def _sample_grid(
 ) -> dict[str, np.ndarray]:
     """A grid of images from seeds 0, 1, ...; batches are spread over the ranks."""
     process = build_process(config)
-    solver, grid = build_sampler(config)
+    sampler = build_sampler(config.sampling)
     denoiser = build_denoiser(config, ema_network(state), process)
     count, size = config.sampling.images, config.sampling.batch_size
     batches = mesh.share(-(-count // size))
     seeds = range(min(count, batches.start * size), min(count, batches.stop * size))
     images = torch.zeros(count, *data.train.shape[1:], device=device)
     if len(seeds):
-        mine = sample_images(
-            denoiser, solver, grid(process), seeds, data.train.shape[1:], batch_size=size, device=device
-        )
+        mine = sample_images(denoiser, process, sampler, seeds, data.train.shape[1:], batch_size=size, device=device)
         images[seeds.start : seeds.stop] = mine.to(images)
     total = mesh.sum_over_all(images).to(torch.uint8).cpu()
     return {"samples": image_grid(total)} if mesh.rank == 0 else {}

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from klray.build import build_sampler
+from klray.config import Sampling
 from klray.core.denoiser import TermDenoiser
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.process import SingleTerm
@@ -53,11 +55,11 @@ def test_clip_x0_bounds_the_estimate() -> None:
 def test_a_seed_fixes_its_image_whatever_the_batches() -> None:
     network = TermNetwork(MLP(image_size=8, width=32, num_class_embeds=3), 3).eval()
     denoiser = TermDenoiser(network, KarhunenLoeve(VPLinear(), 3), term_chunk=2)
-    grid = TIMESTEPS["logsnr"](VPLinear(), 5)
+    sampler = build_sampler(Sampling(num_steps=5))
 
     def images(seeds: list[int]) -> Tensor:
         how = {"batch_size": 4, "device": torch.device("cpu")}
-        return sample_images(denoiser, SOLVERS["ddim"], grid, seeds, (1, 8, 8), **how)
+        return sample_images(denoiser, denoiser.process, sampler, seeds, (1, 8, 8), **how)
 
     together = images(list(range(10)))
     assert together.dtype == torch.uint8
@@ -107,9 +109,9 @@ def test_images_of_gaussian_data_have_the_datas_std(marginal: str) -> None:
         return eps_hat[:, None].expand(-1, len(terms), *x.shape[1:])
 
     denoiser = TermDenoiser(optimum, process, "share")
-    grid = TIMESTEPS["logsnr"](process, 200)
+    sampler = build_sampler(Sampling(num_steps=200))
     how = {"batch_size": 128, "device": torch.device("cpu")}
-    images = sample_images(denoiser, SOLVERS["ddim"], grid, range(256), (1, 8, 8), **how)
+    images = sample_images(denoiser, denoiser.process, sampler, range(256), (1, 8, 8), **how)
     assert float((images.double() / 127.5 - 1).std()) == pytest.approx(0.25, rel=0.02)
 
 
@@ -131,14 +133,13 @@ def test_the_network_always_sees_the_full_batch_size() -> None:
     network = TermNetwork(MLP(image_size=8, width=16), 1).eval()
     rows: list[int] = []
     network.backbone.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    denoiser, done = TermDenoiser(network, SingleTerm(VPLinear())), []
-    grid = TIMESTEPS["logsnr"](VPLinear(), 3)
-    how = {"batch_size": 4, "device": torch.device("cpu"), "progress": done.append}
-    images = sample_images(denoiser, SOLVERS["ddim"], grid, [5, 2**40, 1, 0, 9, 7], (1, 8, 8), **how)
+    denoiser = TermDenoiser(network, SingleTerm(VPLinear()))
+    sampler = build_sampler(Sampling(num_steps=3))
+    how = {"batch_size": 4, "device": torch.device("cpu")}
+    images = sample_images(denoiser, denoiser.process, sampler, [5, 2**40, 1, 0, 9, 7], (1, 8, 8), **how)
     assert images.shape == (6, 1, 8, 8)
     assert rows == [4] * 6
-    assert done == [4, 6]
-    assert sample_images(denoiser, SOLVERS["ddim"], grid, [], (1, 8, 8), **how).shape == (0, 1, 8, 8)
+    assert sample_images(denoiser, denoiser.process, sampler, [], (1, 8, 8), **how).shape == (0, 1, 8, 8)
 
 
 def test_image_grid_enlarges_small_images_and_is_about_square() -> None:

@@ -1,0 +1,1 @@
+"""Time grids for sampling: from files now."""

@@ -1,0 +1,105 @@
+"""Time grids from files: lists in JSON, as GITS and AYS publish them, and LD3's .pt."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from klray.build import Grid
+from klray.core.schedule import Schedule
+from klray.errors import UserError
+
+UNITS = ("t", "edm_sigma", "lam")
+
+
+class GridError(UserError):
+    """A grid that cannot be read, or is none for this model."""
+
+
+def is_grid_file(name: str) -> bool:
+    """Whether ``--timesteps`` names a file instead of a grid."""
+    return Path(name).suffix in (".json", ".pt", ".pth")
+
+
+def read_grid(path: Path, schedule: Schedule) -> Grid:
+    """A grid of N + 1 points from noise to data, both ends included.
+
+    .json: a list of times t, or an object with one of the lists ``t``, ``edm_sigma`` (sigma/alpha, as GITS and AYS
+    give them) or ``lam`` and, where the network is shown other times, ``model_t``, ``model_edm_sigma`` or
+    ``model_lam``. .pt: LD3's ``best_t_steps``, the N + 1 solver times followed by the N + 1 network times. ``t`` is the
+    model's own time: of an EDM model sigma, else in [0, 1].
+
+    Raises:
+        GridError: for a file that is not such a list, and points that do not fall or leave the schedule's range.
+    """
+    lists = _from_pt(path) if path.suffix in (".pt", ".pth") else _from_json(path)
+    shown = {key.removeprefix("model_"): lists.pop(key) for key in list(lists) if key.startswith("model_")}
+    solver, network = _times(path, lists, schedule), _times(path, shown, schedule)
+    if solver is None:
+        raise GridError(f"{path}: one of the lists {', '.join(UNITS)} is needed")
+    if network is not None and len(network) != len(solver):
+        raise GridError(f"{path}: the network needs a time for each of the {len(solver)} points, got {len(network)}")
+    if any(later >= earlier for earlier, later in pairwise(solver)):
+        raise GridError(f"{path}: times must fall strictly, from noise to data; edm_sigma falls too, lam rises")
+    return Grid(solver, network)
+
+
+def _times(path: Path, lists: dict[str, Any], schedule: Schedule) -> list[float] | None:
+    if unknown := sorted(lists.keys() - set(UNITS)):
+        raise GridError(f"{path}: a list must be one of {', '.join(UNITS)}, got {unknown[0]!r}")
+    if not lists:
+        return None
+    if len(lists) > 1:
+        raise GridError(f"{path}: give one of the lists {', '.join(lists)}")
+    unit, values = next(iter(lists.items()))
+    if not isinstance(values, list) or len(values) < 2 or not all(_finite(value) for value in values):
+        raise GridError(f"{path}: {unit} must be a list of at least 2 finite numbers")
+    points = torch.tensor(values, dtype=torch.float64)
+    if unit == "edm_sigma":
+        if bool((points <= 0).any()):
+            raise GridError(f"{path}: edm_sigma must be > 0, got {float(points.min()):g}; leave a final 0 out")
+        points = -torch.log(points)
+    t = points if unit == "t" else schedule.t_of_lam(points)
+    # The ends of a list are rounded; a model is not asked beyond the noise that it knows.
+    slack = 1e-3 * schedule.t_max
+    if bool((t <= 0).any() or (t > schedule.t_max + slack).any()):
+        bounds = f"0 < t <= {schedule.t_max:g}"
+        raise GridError(
+            f"{path}: this model's times are {bounds}, the list has {float(t.min()):g} to {float(t.max()):g}"
+        )
+    return [min(value, schedule.t_max) for value in t.tolist()]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _from_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise GridError(f"{path} cannot be read as JSON: {' '.join(str(error).split())[:200]}") from error
+    if isinstance(found, list):
+        return {"t": found}
+    if not isinstance(found, dict):
+        raise GridError(f"{path} must hold a list of times, or an object with one of {', '.join(UNITS)}")
+    return found
+
+
+def _from_pt(path: Path) -> dict[str, Any]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise GridError(f"{path} cannot be loaded as plain tensors: {' '.join(str(error).split())[:200]}") from error
+    both = found.get("best_t_steps") if isinstance(found, dict) else None
+    if both is None or len(both) % 2 or len(both) < 4:
+        raise GridError(f"{path} is no LD3 checkpoint: best_t_steps must hold N + 1 solver and N + 1 network times")
+    values = [float(value) for value in both]
+    half = len(values) // 2
+    return {"t": values[:half], "model_t": values[half:]}

@@ -1,0 +1,77 @@
+"""Figures of an evaluation: quality against cost, and sample grids side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+
+
+def quality_figure(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> None:
+    """Each metric against NFE and against network evaluations an image: one line for each solver and grid.
+
+    Args:
+        rows: with ``solver``, ``timesteps``, ``nfe``, ``network_evals`` and the metrics; ``<metric>_sd`` is drawn as a
+            bar where it is there.
+    """
+    figure, axes = _figure(len(metrics), 2, width=6.0, height=4.2)
+    for line, metric in enumerate(metrics):
+        for column, (key, label) in enumerate(
+            (("nfe", "score evaluations (NFE)"), ("network_evals", "network evaluations"))
+        ):
+            axis = axes[line][column]
+            for (solver, grid), group in _by_method(rows).items():
+                points = sorted(group, key=lambda row: row[key])
+                axis.errorbar(
+                    [row[key] for row in points],
+                    [row[metric] for row in points],
+                    yerr=[row.get(f"{metric}_sd", 0.0) for row in points],
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    label=f"{solver}, {grid}",
+                )
+            axis.set_xlabel(f"{label} an image")
+            axis.set_ylabel(metric)
+            if all(row[metric] > 0 for row in rows):
+                axis.set_yscale("log")
+            axis.grid(alpha=0.3, which="both")
+    axes[0][1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.02, 1.0))
+    _save(figure, path)
+
+
+def overview_figure(rows: Sequence[Row], pictures: Sequence[np.ndarray], path: Path) -> None:
+    """The pictures, uint8 [h, w, 3], of the rows: solvers and grids downwards, NFE to the right."""
+    methods, budgets = list(_by_method(rows)), sorted({row["nfe"] for row in rows})
+    figure, axes = _figure(len(methods), len(budgets), width=2.2, height=2.4)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, picture in zip(rows, pictures, strict=True):
+        axis = axes[methods.index((row["solver"], row["timesteps"]))][budgets.index(row["nfe"])]
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(f"{row['solver']}\n{row['timesteps']}, NFE {row['nfe']}", fontsize=7)
+    _save(figure, path)
+
+
+def _by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    methods: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        methods.setdefault((row["solver"], row["timesteps"]), []).append(row)
+    return methods
+
+
+def _figure(lines: int, columns: int, *, width: float, height: float) -> tuple[Any, np.ndarray]:
+    from matplotlib.figure import Figure  # takes a second to import; no global state, as pyplot has
+
+    figure = Figure(figsize=(width * columns, height * lines))
+    return figure, figure.subplots(lines, columns, squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    aside = path.with_name(f".{path.name}.writing")
+    figure.savefig(aside, format="png", dpi=110, bbox_inches="tight")
+    aside.replace(path)

@@ -1,0 +1,120 @@
+"""Models in diffusers' format that klray did not write: a UNet2DModel, or a DDPM or DDIM pipeline around one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDPMScheduler, UNet2DModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from klray.core.schedule import VPDiscrete
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """What a folder holds: its network, in evaluation mode, its schedule, and what the network's output means."""
+
+    network: nn.Module
+    schedule: VPDiscrete
+    prediction: str
+    clip_x0: bool
+    shape: tuple[int, int, int]
+    assumed: str | None  # what had to be assumed of it
+
+    def denoiser(self, clip_x0: bool) -> ImportedDenoiser:
+        """What solvers call."""
+        return ImportedDenoiser(self.network, self.schedule, self.prediction, clip_x0)
+
+
+class ImportedDenoiser:
+    """denoiser(x [B, C, H, W], t 0-dim) -> x0_hat, from a network that is shown the index T t - 1.
+
+    x0_hat = (x - sigma eps)/alpha for ``epsilon``, alpha x - sigma v for ``v_prediction`` (arXiv 2202.00512, appendix
+    D), the output itself for ``sample``. Of a network that also predicts a variance, the first C channels count.
+    """
+
+    def __init__(self, network: nn.Module, schedule: VPDiscrete, prediction: str, clip_x0: bool) -> None:
+        self.network, self.schedule, self.prediction, self.clip_x0 = network, schedule, prediction, clip_x0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        parameter = next(self.network.parameters())
+        index = (self.schedule.num_train_steps * t - 1).to(x.device, parameter.dtype).expand(len(x))
+        output = self.network(x.to(parameter.dtype), index, return_dict=False)[0][:, : x.shape[1]].to(x.dtype)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        if self.prediction == "epsilon":
+            output = (x - sigma * output) / alpha
+        elif self.prediction == "v_prediction":
+            output = alpha * x - sigma * output
+        return output.clamp(-1, 1) if self.clip_x0 else output
+
+
+def is_imported(folder: Path) -> bool:
+    """Whether the folder is laid out as diffusers does."""
+    return (folder / "model_index.json").is_file() or (folder / "config.json").is_file()
+
+
+def load_imported(folder: Path) -> ImportedModel:
+    """Reads a pipeline's folder, or a UNet2DModel's, whose schedule is then that of the pipeline around it, or DDPM's.
+
+    Raises:
+        ValueError: one line, for a model of another kind.
+    """
+    unet_folder = folder / "unet" if (folder / "model_index.json").is_file() else folder
+    network = _network(unet_folder)
+    schedulers = [folder / "scheduler", folder, folder.parent / "scheduler"]
+    found = [place / "scheduler_config.json" for place in schedulers if (place / "scheduler_config.json").is_file()]
+    settings = _json(found[0]) if found else {"_class_name": "DDPMScheduler"}
+    if settings.get("_class_name") not in SCHEDULERS:
+        raise ValueError(
+            f"{found[0]}: the scheduler must be one of {', '.join(SCHEDULERS)}, got {settings['_class_name']}"
+        )
+    # The noise levels and the meaning of the output are the model's; which of its schedulers read them is not.
+    scheduler = DDPMScheduler.from_config(settings)
+    prediction = scheduler.config.prediction_type
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"{folder}: prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    size = network.config.sample_size
+    if size is None:
+        raise ValueError(f"{unet_folder / 'config.json'}: sample_size is missing, so the images' size is unknown")
+    height, width = (size, size) if isinstance(size, int) else size
+    return ImportedModel(
+        network=network,
+        schedule=VPDiscrete(scheduler.alphas_cumprod),
+        prediction=prediction,
+        clip_x0=bool(scheduler.config.clip_sample),
+        shape=(network.config.in_channels, height, width),
+        assumed=None if found else f"{folder} has no scheduler_config.json: DDPM's noise levels and eps are assumed",
+    )
+
+
+def _network(folder: Path) -> Any:
+    kind = _json(folder / "config.json").get("_class_name")
+    if kind != "UNet2DModel":
+        raise ValueError(f"{folder / 'config.json'}: the network must be a UNet2DModel, got {kind}")
+    try:
+        network = UNet2DModel.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no readable UNet2DModel: {' '.join(str(error).split())[:200]}") from error
+    if network.class_embedding is not None:
+        raise ValueError(f"{folder}: the model is class-conditional, which is not supported")
+    return network.eval().requires_grad_(False)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the network's weights."""
+    unet_folder = folder / "unet" if (folder / "model_index.json").is_file() else folder
+    return sorted(unet_folder.glob("diffusion_pytorch_model*"))
