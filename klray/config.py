@@ -155,6 +155,20 @@ class Sampling(_Section):
     batch_size: PositiveInt = 64
 
 
+class Evaluation(_Section):
+    """Scores during training, by sampling.*, in another process of low priority: training does not wait for them."""
+
+    every_images: int = Field(default=0, ge=0)  # 0: none
+    num_samples: int = Field(default=1000, ge=2)
+    metrics: list[str] = ["kid"]
+    features: str | None = None  # null: inception if its weights can be had, else efficientnet_lite0
+    inception_weights: str | None = None
+    reference: Literal["train", "held_out"] = "train"
+    batch_size: PositiveInt = 64
+    device: Literal["auto", "cpu"] = "auto"
+    workers: PositiveInt = 1  # more than one: on Ray, beside those that train
+
+
 class Tracking(_Section):
     uri: str | None = None  # null: sqlite:///mlflow.db in the working folder; "off": no MLflow
     experiment: str = "klray"
@@ -178,6 +192,7 @@ class Config(_Section):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
 
     @property
@@ -241,7 +256,7 @@ class Config(_Section):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: all but the budget's size, the mesh, and where and how often to report."""
         full = self.model_dump(mode="json")
-        for section in ("mesh", "tracking", "checkpoint"):
+        for section in ("mesh", "tracking", "checkpoint", "evaluation"):
             del full[section]
         del full["budget"]["amount"]
         return full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from argparse import Namespace
 from contextlib import ExitStack
@@ -148,9 +149,11 @@ def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
 
 def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, int], data: ImageData) -> int:
     """Opens the run, follows its records, and trains."""
+    from klray.tracking.evaluate_during import SnapshotEvaluator
     from klray.tracking.mlflow_upload import TrackingError, Uploader, prepare, resolve_uri
     from klray.tracking.progress import ProgressLines, summary
-    from klray.tracking.train_run import provenance_of
+    from klray.tracking.records import RecordWriter
+    from klray.tracking.train_run import provenance_of, record_scores
     from klray.training.loop import finished
     from klray.training.run_dir import open_run
 
@@ -160,7 +163,8 @@ def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, in
     details = {"experiment": tracking.experiment, "tracking_uri": uri}
     with ExitStack() as stack:
         run_dir = stack.enter_context(open_run(args.runs, name, config, details))
-        if finished(config, run_dir, lambda text: print(f"note: {text}", flush=True)):
+        done = finished(config, run_dir, lambda text: print(f"note: {text}", flush=True))
+        if done and not any(run_dir.glob("snapshots/snapshot_*")):
             print(f"run {name} has finished:\n{summary(run_dir)}")
             print("A larger --set budget.amount=... goes on from here.")
             return 0
@@ -171,21 +175,37 @@ def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, in
                 prepare(uri, tracking.experiment)
             except TrackingError as error:
                 print(f"note: {error}; training goes on, its records are kept", flush=True)
-        lines = ProgressLines(lambda line: print(line, flush=True))
+        say = functools.partial(print, flush=True)
+        lines = ProgressLines(say)
         stack.enter_context(Uploader(run_dir, uri, tracking.experiment, name, tags=provenance, on_record=lines))
-        if args.runner == "ray":
-            print("starting Ray and the workers (about half a minute)", flush=True)
-            from klray.cluster.connect import connect
-            from klray.cluster.train_job import run_on_ray
-
-            connect()
-            run_on_ray(config, data, mesh_shape=mesh_shape, run_dir=run_dir, provenance=provenance)
-        else:
-            _in_process(config, data, mesh_shape, run_dir, provenance)
+        with SnapshotEvaluator(run_dir, config.evaluation, say):
+            if not done:
+                _run(args, config, data, mesh_shape, run_dir, provenance)
+        with RecordWriter(run_dir) as writer:
+            record_scores(run_dir, writer, set())
     print(f"finished {name}: {summary(run_dir)}")
     if uri is not None:
         print(f"MLflow      mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"MLflow      {uri}")
     return 0
+
+
+def _run(
+    args: Namespace,
+    config: Config,
+    data: ImageData,
+    mesh_shape: tuple[int, int],
+    run_dir: Path,
+    provenance: dict[str, Any],
+) -> None:
+    if args.runner == "ray":
+        print("starting Ray and the workers (about half a minute)", flush=True)
+        from klray.cluster.connect import connect
+        from klray.cluster.train_job import run_on_ray
+
+        connect()
+        run_on_ray(config, data, mesh_shape=mesh_shape, run_dir=run_dir, provenance=provenance)
+    else:
+        _in_process(config, data, mesh_shape, run_dir, provenance)
 
 
 def _in_process(

@@ -52,9 +52,14 @@ def cluster_size() -> tuple[int, int]:
 
 
 def cpu_share(workers: int) -> float:
-    """The CPUs of each worker; on a machine with fewer CPUs than workers they share them."""
-    cpus, _ = cluster_size()
-    return cpus // workers if cpus >= workers else int(1000 * cpus / workers) / 1000
+    """The most CPUs that each of so many workers can have, none of them on two nodes; a part where CPUs are fewer."""
+    import ray
+
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    for share in range(max(nodes), 0, -1):
+        if sum(cpus // share for cpus in nodes) >= workers:
+            return share
+    return int(1000 * sum(nodes) / workers) / 1000
 
 
 def default_workers() -> int:

@@ -22,7 +22,7 @@ from klray.metrics.statistics import Moments
 from klray.parallel.mesh import Mesh
 from klray.training.sampling import Drawing, batches_of
 
-SHOWN = 64  # images of a cell's grid
+SHOWN = 36  # images of a cell's grid
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def quality_figure(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> N
 def overview_figure(rows: Sequence[Row], pictures: Sequence[np.ndarray], path: Path) -> None:
     """The pictures, uint8 [h, w, 3], of the rows: solvers and grids downwards, NFE to the right."""
     methods, budgets = list(_by_method(rows)), sorted({row["nfe"] for row in rows})
-    figure, axes = _figure(len(methods), len(budgets), width=2.2, height=2.4)
+    figure, axes = _figure(len(methods), len(budgets), width=3.0, height=3.3)
     for axis in axes.flat:
         axis.axis("off")
     for row, picture in zip(rows, pictures, strict=True):
@@ -67,7 +67,7 @@ def _by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 def _figure(lines: int, columns: int, *, width: float, height: float) -> tuple[Any, np.ndarray]:
     from matplotlib.figure import Figure  # takes a second to import; no global state, as pyplot has
 
-    figure = Figure(figsize=(width * columns, height * lines))
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
     return figure, figure.subplots(lines, columns, squeeze=False)
 
 

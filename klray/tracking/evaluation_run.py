@@ -87,14 +87,15 @@ class EvaluationRun:
             writer.image("samples", picture, self.step)
             writer.status("FINISHED")
         aside = cell / f".{RESULT}"
-        aside.write_text(json.dumps(row, indent=1))
+        aside.write_text(json.dumps({**row, "step": self.step, "metrics": self._named(row)}, indent=1))
         aside.replace(cell / RESULT)
 
     def finish(self, scores: Sequence[str]) -> list[Row]:
         """Writes table and figures over all cells of the folder and sends them; returns the rows, scores among them."""
         files = sorted(self.folder.glob(f"cells/*/{RESULT}"))
         results: list[Row] = [json.loads(file.read_text()) for file in files]
-        rows = [{key: row[key] for key in row if key != "scores"} | row["scores"] for row in results]
+        hidden = ("scores", "step", "metrics")
+        rows = [{key: row[key] for key in row if key not in hidden} | row["scores"] for row in results]
         pictures = [np.asarray(Image.open(file.parent / "samples.png").convert("RGB")) for file in files]
         drawn = [score for score in scores if all(score in row for row in rows)]
         with (self.folder / "table.csv").open("w", newline="") as file:

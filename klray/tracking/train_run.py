@@ -18,6 +18,7 @@ import torch
 from klray.build import build_network
 from klray.config import Config
 from klray.parallel.mesh import Mesh
+from klray.tracking.evaluate_during import new_scores
 from klray.tracking.records import RecordWriter
 from klray.tracking.state import load_state
 from klray.training.cost import cost_of
@@ -51,8 +52,12 @@ def train_and_record(
             if (run_dir / "run.json").exists():
                 writer.artifact(run_dir / "run.json")  # the resolved configuration
 
+        scored: set[Path] = set()
+
         def report(progress: Progress, metrics: dict[str, float], images: dict[str, np.ndarray]) -> None:
             metrics = {**metrics, "budget_used": budget_used(config, progress)} if metrics else {}
+            if writer is not None:
+                record_scores(run_dir, writer, scored)
             if writer is not None and metrics:
                 writer.metrics(progress.images_seen, {**metrics, **asdict(progress)})
             for key, image in images.items():
@@ -79,6 +84,12 @@ def train_and_record(
         if writer is not None:
             writer.status("FINISHED")
     return progress
+
+
+def record_scores(run_dir: Path, writer: RecordWriter, known: set[Path]) -> None:
+    """Adds what was scored beside the run to its curves, at the images that the snapshot had seen."""
+    for step, scores in sorted(new_scores(run_dir, known), key=lambda pair: pair[0]):
+        writer.metrics(step, scores)
 
 
 def provenance_of(config: Config, name: str, run_dir: Path) -> dict[str, Any]:

@@ -35,15 +35,29 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: Config, provenance
 
     The averaged weights lie in ``network/`` in diffusers' format, everything else in ``training.safetensors``.
     """
-    root = run_dir / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    target = root / f"{_PREFIX}{state.progress.images_seen:012d}"
-    aside = root / f".writing_{target.name}"
-    for old in root.glob(".writing_*"):
+    target = run_dir / "checkpoints" / f"{_PREFIX}{state.progress.images_seen:012d}"
+    _write(target, state, config, provenance, resumable=True)
+    for old in _checkpoints(run_dir)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def save_snapshot(run_dir: Path, state: TrainState, config: Config) -> Path:
+    """Writes RUN_DIR/snapshots/snapshot_<images>, the averaged network alone, to be evaluated. Only rank 0 calls it."""
+    target = run_dir / "snapshots" / f"snapshot_{state.progress.images_seen:012d}"
+    _write(target, state, config, {}, resumable=False)
+    return target
+
+
+def _write(target: Path, state: TrainState, config: Config, provenance: dict[str, Any], *, resumable: bool) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".writing_{target.name}")
+    for old in target.parent.glob(".writing_*"):
         shutil.rmtree(old)
     aside.mkdir()
     ema_network(state).backbone.save_pretrained(aside / "network")
-    save_file(_tensors(state), aside / "training.safetensors")
+    if resumable:
+        save_file(_tensors(state), aside / "training.safetensors")
     described = {
         "format": FORMAT,
         "config": config.model_dump(mode="json"),
@@ -60,10 +74,7 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: Config, provenance
     if target.exists():
         shutil.rmtree(target)
     aside.rename(target)
-    _to_disk(root)
-    for old in _checkpoints(run_dir)[keep:]:
-        shutil.rmtree(old)
-    return target
+    _to_disk(target.parent)
 
 
 def load_latest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:

@@ -16,7 +16,7 @@ from klray.build import build_denoiser, build_network, build_process, build_samp
 from klray.config import Config
 from klray.errors import RunError
 from klray.parallel.mesh import Mesh
-from klray.training.checkpoint import load_latest, read_state, restore, save_checkpoint
+from klray.training.checkpoint import load_latest, read_state, restore, save_checkpoint, save_snapshot
 from klray.training.data import ImageData
 from klray.training.images import ImageStream
 from klray.training.initialise import initialise
@@ -72,8 +72,9 @@ def train(
         meter.stop(counts=not (config.precision.compile and meter.first))
         done = not _fits(config, progress)
         due = {
-            section: done or _due(getattr(config, section).every_images, config, progress)
-            for section in ("validation", "sampling", "checkpoint")
+            section: getattr(config, section).every_images > 0
+            and (done or _due(getattr(config, section).every_images, config, progress))
+            for section in ("validation", "sampling", "checkpoint", "evaluation")
         }
         # Before anything else takes the device's time, what training took is settled.
         if any(due.values()) or progress.step % config.tracking.every_steps == 0:
@@ -83,6 +84,8 @@ def train(
             report(progress, validate(config, process, ema_network(state), held_out, mesh, device), {})
         if due["sampling"]:
             report(progress, {}, _sample_grid(config, state, data, mesh, device))
+        if due["evaluation"] and mesh.rank == 0:
+            save_snapshot(run_dir, state, config)  # another process evaluates it; nobody waits
         if due["checkpoint"]:
             if mesh.rank == 0:
                 described = {"data_fingerprint": data.fingerprint, **provenance()}

@@ -12,7 +12,7 @@ from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
 from klray.core.solvers.path import Path, interpolation_weights, multistep_orders, phi
 
-_POINTS, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(32))
+_POINTS, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(256))
 
 
 def sample(
@@ -47,7 +47,7 @@ def sample(
 
 
 def _weights_in_time(path: Path, i: int, order: int) -> list[Tensor]:
-    """C_j by Gauss-Legendre in lam, where drho = -rho dlam is smooth."""
+    """C_j by Gauss-Legendre in lam, drho = -rho dlam. The points are many for the kinks in t(lam) of VPDiscrete."""
     if order == 1:
         return [torch.exp(-path.lam[i + 1]) - torch.exp(-path.lam[i])]
     points, quadrature = _POINTS.to(path.lam.device), _WEIGHTS.to(path.lam.device)
@@ -67,7 +67,9 @@ def _weights_in_time(path: Path, i: int, order: int) -> list[Tensor]:
 
 
 def _weights_in_log_rho(path: Path, i: int, order: int) -> list[Tensor]:
-    """C_j exactly: with log rho = log rho_i + (1 - s) z, z = -h, the moments of s^k are z rho_i k! phi_{k+1}(z)."""
+    """C_j in closed form: with log rho = log rho_i + (1 - s) z, z = -h, s^k has the moment z rho_i k! phi_{k+1}(z)."""
+    if order == 1:
+        return [torch.exp(-path.lam[i + 1]) - torch.exp(-path.lam[i])]
     z = path.lam[i] - path.lam[i + 1]
     rho = torch.exp(-path.lam[i])
     moments = [z * rho * math.factorial(k) * phi(k + 1, z) for k in range(order)]

@@ -29,16 +29,16 @@ def sample(
 ) -> Tensor:
     """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; grids and raises as ``Path``.
 
-    x' = alpha'/alpha x - sigma' (e^h - 1) sum_j a_j eps_{i-j}, with the coefficients a_j of order min(i + 1, order).
+    x'/alpha' = x/alpha + (rho' - rho) sum_j a_j eps_{i-j}, rho = sigma/alpha, the a_j those of order min(i + 1, order).
     They fit equal steps only, so on other grids the global order is at most 2; the method is used for its small errors.
     """
     path = Path(denoiser, schedule, timesteps, model_timesteps, convert_with)
+    rho = path.sigma / path.alpha
     history: list[Tensor] = []  # eps_hat, the newest first
     for i, step_order in enumerate(multistep_orders(path.num_steps, order)):
         history = [path.eps_hat(x, i), *history[: order - 1]]
         eps = torch.zeros_like(x)
         for a, past in zip(ADAMS_BASHFORTH[step_order], history, strict=False):
             eps = eps + a * past
-        growth = torch.expm1(path.lam[i + 1] - path.lam[i])
-        x = path.alpha[i + 1] / path.alpha[i] * x - path.sigma[i + 1] * growth * eps
+        x = path.alpha[i + 1] * (x / path.alpha[i] + (rho[i + 1] - rho[i]) * eps)
     return x

@@ -15,7 +15,7 @@ class Path:
     """A denoiser along a grid. ``alpha``, ``sigma``, ``lam``: [N + 1] float64, at the solver's times.
 
     Args:
-        timesteps: [N + 1] float64, decreasing.
+        timesteps: [N + 1] float64, decreasing. The last may have sigma = 0, if the last step is of order 1.
         model_timesteps: [N + 1], the times shown to the network; None: ``timesteps``.
         convert_with: where the two grids differ, x0_hat is taken as the denoiser gives it (``net``), or its noise
             estimate is turned into x0_hat with the solver's time (``grid``). The noise estimate is the same for both.
