@@ -96,7 +96,7 @@ def seeds_of(text: str) -> range:
         UserError: for anything else.
     """
     first, _, last = text.partition("-")
-    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
         raise UserError(f"--seeds must be A-B with A <= B, or one number, got {text!r}; for example 0-63")
     return range(int(first), int(last or first) + 1)
 

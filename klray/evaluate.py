@@ -63,6 +63,7 @@ def _evaluate(args: Namespace) -> int:
     from klray.cluster.evaluate_job import EvaluationTask, Features, measure
     from klray.metrics.features import find_extractor
     from klray.metrics.scores import check_metrics
+    from klray.parallel.mesh import Mesh
     from klray.tracking.find import checkpoint_folder
     from klray.training.model import load_model
     from klray.training.sampling import Drawing, image_grid
@@ -71,7 +72,7 @@ def _evaluate(args: Namespace) -> int:
     check_metrics(args.metrics)
     checkpoint = checkpoint_folder(args.checkpoint, args.tracking_uri).resolve()
     clip = None if args.clip_x0 is None else args.clip_x0 == "yes"
-    model = load_model(checkpoint, torch.device("cpu"), clip_x0=clip)
+    model = load_model(checkpoint, torch.device("cpu"), clip_x0=clip, mesh=Mesh(1, args.basis))
     cells = _cells(args, model)
     samplers = [build_sampler(cell.sampling, cell.grid) for cell in cells]
     name, note = find_extractor(args.features, args.inception_weights)
@@ -243,7 +244,7 @@ def _over_blocks(scores: list[dict[str, float]]) -> dict[str, float]:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     fixed = ["solver", "timesteps", "nfe", "network_evals"]
-    scores = [key for key in rows[0] if key not in (*fixed, "options")]
+    scores = [key for key in rows[0] if key not in (*fixed, "options", "grid")]
     lines = [[*fixed, *scores]]
     lines += [
         [*(str(row[key]) for key in fixed), *(f"{row.get(key, float('nan')):.5g}" for key in scores)] for row in rows

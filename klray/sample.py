@@ -50,6 +50,7 @@ def _sample(args: Namespace) -> int:
     from klray.cluster.connect import default_workers
     from klray.cluster.spread import spread
     from klray.discretize.grid_files import is_grid_file, read_grid
+    from klray.parallel.mesh import Mesh
     from klray.tracking.find import checkpoint_folder
     from klray.training.image_files import check_target, open_target
     from klray.training.model import load_model
@@ -61,7 +62,7 @@ def _sample(args: Namespace) -> int:
     for target in targets:
         check_target(target)
     checkpoint = checkpoint_folder(args.checkpoint, args.tracking_uri).resolve()
-    model = load_model(checkpoint, torch.device("cpu"))
+    model = load_model(checkpoint, torch.device("cpu"), mesh=Mesh(1, args.basis))
     if model.assumed is not None:
         print(f"note: {model.assumed}")
     from_file = args.timesteps is not None and is_grid_file(args.timesteps)

@@ -55,7 +55,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """Pieces: (which cell, seeds); results: the images, and what the extractor finds in them."""
+    """Pieces: (which cell, seeds, whether the images are wanted); results: images or None, and the extractor's finds."""
 
     drawing: Drawing
     cells: Sequence[Cell]
@@ -71,10 +71,10 @@ class EvaluationTask:
             name, weights = self.features.name, self.features.inception_weights
             extract = build_extractor(name, inception_weights=weights, device=device)
 
-        def work(piece: tuple[int, list[int]]) -> tuple[Tensor, dict[str, Tensor]] | None:
-            which, seeds = piece
+        def work(piece: tuple[int, list[int], bool]) -> tuple[Tensor | None, dict[str, Tensor]] | None:
+            which, seeds, wanted = piece
             images = drawers[which](seeds)
-            return None if extract is None else (images, extract(images))
+            return None if extract is None else (images if wanted else None, extract(images))
 
         return work
 
@@ -116,7 +116,11 @@ def measure(
         UserError, RunError: as ``spread`` and ``compute``.
     """
     batches = [batches_of(seeds, task.drawing.batch_size) for _, _, seeds in blocks]
-    pieces = [(cell, batch) for (cell, _, _), parts in zip(blocks, batches, strict=True) for batch in parts]
+    pieces = [
+        (cell, batch, index * task.drawing.batch_size < SHOWN)
+        for (cell, _, _), parts in zip(blocks, batches, strict=True)
+        for index, batch in enumerate(parts)
+    ]
     results = spread(task, pieces, workers=workers, basis=basis)
     for (cell, block, _), parts in zip(blocks, batches, strict=True):
         sample, began = _Sample(metrics), time.perf_counter()
@@ -124,8 +128,7 @@ def measure(
         for part in parts:
             images, found = next(results)
             sample.add(found)
-            if sum(len(part) for part in shown) < SHOWN:
-                shown.append(images)
+            shown += [] if images is None else [images]
             progress(len(part))
         scores = compute(metrics, sample.tensors(), reference, sample.moments())
         yield Measured(cell, block, scores, torch.cat(shown)[:SHOWN], time.perf_counter() - began)

@@ -73,7 +73,7 @@ def load_imported(folder: Path) -> ImportedModel:
     settings = _json(found[0]) if found else {"_class_name": "DDPMScheduler"}
     if settings.get("_class_name") not in SCHEDULERS:
         raise ValueError(
-            f"{found[0]}: the scheduler must be one of {', '.join(SCHEDULERS)}, got {settings['_class_name']}"
+            f"{found[0]}: the scheduler must be one of {', '.join(SCHEDULERS)}, got {settings.get('_class_name')}"
         )
     # The noise levels and the meaning of the output are the model's; which of its schedulers read them is not.
     scheduler = DDPMScheduler.from_config(settings)
@@ -110,7 +110,7 @@ def _network(folder: Path) -> Any:
 def _json(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -62,11 +62,14 @@ class SnapshotEvaluator:
 
     def _watch(self) -> None:
         while not self._stop.is_set():
+            last = self._last_round.is_set()  # asked before looking: the last snapshot comes before it is set
             snapshots = self._snapshots()
             if snapshots:
                 self._evaluate(snapshots[0])
-            elif self._last_round.wait(1.0):
+            elif last:
                 return
+            else:
+                self._last_round.wait(1.0)
 
     def _evaluate(self, snapshot: Path) -> None:
         settings = self.settings
