@@ -55,7 +55,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """Pieces: (which cell, seeds, whether the images are wanted); results: images or None, and the extractor's finds."""
+    """Pieces: (which cell, seeds, whether images are wanted); results: the images or None, and what was found in them."""
 
     drawing: Drawing
     cells: Sequence[Cell]
