@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 
 Row = Mapping[str, Any]
+_DASHES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "v", "D", "x")
 
 
 def quality_figure(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> None:
-    """Each metric against NFE and against network evaluations an image: one line for each solver and grid.
+    """Each metric against NFE and against network evaluations an image: a line a solver (colour) and grid (dash).
 
     Args:
         rows: with ``solver``, ``timesteps``, ``nfe``, ``network_evals`` and the metrics; ``<metric>_sd`` is drawn as a
             bar where it is there.
     """
+    solvers, grids = (list(dict.fromkeys(row[key] for row in rows)) for key in ("solver", "timesteps"))
     figure, axes = _figure(len(metrics), 2, width=6.0, height=4.2)
     for line, metric in enumerate(metrics):
         for column, (key, label) in enumerate(
@@ -30,8 +33,10 @@ def quality_figure(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> N
                     [row[key] for row in points],
                     [row[metric] for row in points],
                     yerr=[row.get(f"{metric}_sd", 0.0) for row in points],
-                    marker="o",
-                    markersize=4,
+                    color=f"C{solvers.index(solver)}",
+                    linestyle=_DASHES[grids.index(grid) % len(_DASHES)],
+                    marker=_MARKERS[grids.index(grid) % len(_MARKERS)],
+                    markersize=5,
                     capsize=2,
                     label=f"{solver}, {grid}",
                 )
