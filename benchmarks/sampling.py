@@ -48,7 +48,7 @@ def arms_of(config: Config, batch: int, device: torch.device, compiled: bool) ->
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     schedule = VPDiscrete(torch.cumprod(1 - betas, 0))
-    denoiser = ImportedDenoiser(network, schedule, "epsilon", clip_x0=False)
+    denoiser = ImportedDenoiser(network, schedule, "epsilon")
     pipeline = DDIMPipeline(unet=network, scheduler=DDIMScheduler(clip_sample=False)).to(device)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -82,7 +82,7 @@ def arms_of(config: Config, batch: int, device: torch.device, compiled: bool) ->
     if compiled:
         fast = build_network(config).backbone.to(device).eval().requires_grad_(False)
         fast.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
-        quick = ImportedDenoiser(fast, schedule, "epsilon", clip_x0=False)
+        quick = ImportedDenoiser(fast, schedule, "epsilon")
         sampler = build_sampler(Sampling(solver="ddim", nfe=NFE))
         arms["klray ddim, compiled"] = lambda: sample_images(
             quick, schedule, sampler, range(batch), shape, batch_size=batch, device=device

@@ -123,6 +123,10 @@ def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
     if unknown := sorted(settings.options.keys() - solver.options):
         known_options = ", ".join(solver.options)
         raise ConfigError(f"sampling.options of {settings.solver} are {known_options}, got {unknown[0]!r}")
+    for key, value in settings.options.items():
+        if isinstance(solver.options[key], bool) != isinstance(value, bool):
+            rule = "true or false" if isinstance(solver.options[key], bool) else "a word"
+            raise ConfigError(f"sampling.options.{key} must be {rule}, got {value!r}")
     try:  # solvers refuse wrong values of their options
         once = TIMESTEPS["logsnr"](VPLinear(), 1)
         solver.sample(lambda x, t: x, VPLinear(), torch.zeros(1, 1, 1, 1), once, **settings.options)

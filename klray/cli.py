@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -95,10 +96,10 @@ def seeds_of(text: str) -> range:
     Raises:
         UserError: for anything else.
     """
-    first, _, last = text.partition("-")
-    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
+    if found is None or int(found[1]) > int(found[2] or found[1]):
         raise UserError(f"--seeds must be A-B with A <= B, or one number, got {text!r}; for example 0-63")
-    return range(int(first), int(last or first) + 1)
+    return range(int(found[1]), int(found[2] or found[1]) + 1)
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,9 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="klray.sample", description=__doc__)
     add_sampling_flags(parser)
     parser.add_argument("--solver", help="sampling method (default: the model's sampling.solver)")
-    parser.add_argument("--nfe", type=int, help="score evaluations an image (default: the model's sampling.num_steps)")
+    parser.add_argument(
+        "--nfe", type=int, help="score evaluations an image (default: what the model's sampling.num_steps take)"
+    )
     parser.add_argument(
         "--timesteps",
         metavar="NAME|FILE",
@@ -52,15 +54,14 @@ def _sample(args: Namespace) -> int:
     from klray.discretize.grid_files import is_grid_file, read_grid
     from klray.parallel.mesh import Mesh
     from klray.tracking.find import checkpoint_folder
-    from klray.training.image_files import check_target, open_target
+    from klray.training.image_files import check_targets, open_target
     from klray.training.model import load_model
     from klray.training.sampling import Drawing, SamplingTask, batches_of, sampling_of
 
     check_sampling_flags(args)
     batches = batches_of(seeds_of(args.seeds), args.batch_size)
     targets = args.out or [Path("samples.png")]
-    for target in targets:
-        check_target(target)
+    check_targets(targets)
     checkpoint = checkpoint_folder(args.checkpoint, args.tracking_uri).resolve()
     model = load_model(checkpoint, torch.device("cpu"), mesh=Mesh(1, args.basis))
     if model.assumed is not None:

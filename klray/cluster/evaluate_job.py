@@ -55,7 +55,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """Pieces: (which cell, seeds, whether images are wanted); results: the images or None, and what was found in them."""
+    """Pieces: (which cell, seeds, whether images are wanted); results: the images or None, and their features."""
 
     drawing: Drawing
     cells: Sequence[Cell]

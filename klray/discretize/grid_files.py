@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -65,14 +66,18 @@ def _times(path: Path, lists: dict[str, Any], schedule: Schedule) -> list[float]
             raise GridError(f"{path}: edm_sigma must be > 0, got {float(points.min()):g}; leave a final 0 out")
         points = -torch.log(points)
     t = points if unit == "t" else schedule.t_of_lam(points)
-    # The ends of a list are rounded; a model is not asked beyond the noise that it knows.
-    slack = 1e-3 * schedule.t_max
-    if bool((t <= 0).any() or (t > schedule.t_max + slack).any()):
-        bounds = f"0 < t <= {schedule.t_max:g}"
-        raise GridError(
-            f"{path}: this model's times are {bounds}, the list has {float(t.min()):g} to {float(t.max()):g}"
-        )
-    return [min(value, schedule.t_max) for value in t.tolist()]
+    noisiest = float(schedule.lam(torch.tensor(schedule.t_max, dtype=torch.float64)))
+    # A list's first point is rounded where it stands for the schedule's end. Beyond that no model knows the noise.
+    beyond = float(points[0]) / schedule.t_max - 1 if unit == "t" else noisiest - float(points[0])
+    if 0 < beyond < 1e-3:
+        t[0] = schedule.t_max
+    elif unit != "t" and beyond > 0:
+        ends = f"edm_sigma = {math.exp(-noisiest):.4g}, the list starts at {math.exp(-float(points[0])):.4g}"
+        raise GridError(f"{path}: this model's noise ends at {ends}")
+    if bool((t <= 0).any() or (t > schedule.t_max).any()):
+        span = f"{float(t.min()):g} to {float(t.max()):g}"
+        raise GridError(f"{path}: this model's times are 0 < t <= {schedule.t_max:g}, the list has {span}")
+    return t.tolist()
 
 
 def _finite(value: Any) -> bool:

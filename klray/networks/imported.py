@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from klray.core.schedule import VPDiscrete
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 
 
@@ -25,12 +26,13 @@ class ImportedModel:
     schedule: VPDiscrete
     prediction: str
     clip_x0: bool
+    clip_range: float
     shape: tuple[int, int, int]
     assumed: str | None  # what had to be assumed of it
 
     def denoiser(self, clip_x0: bool) -> ImportedDenoiser:
         """What solvers call."""
-        return ImportedDenoiser(self.network, self.schedule, self.prediction, clip_x0)
+        return ImportedDenoiser(self.network, self.schedule, self.prediction, self.clip_range if clip_x0 else None)
 
 
 class ImportedDenoiser:
@@ -40,8 +42,8 @@ class ImportedDenoiser:
     D), the output itself for ``sample``. Of a network that also predicts a variance, the first C channels count.
     """
 
-    def __init__(self, network: nn.Module, schedule: VPDiscrete, prediction: str, clip_x0: bool) -> None:
-        self.network, self.schedule, self.prediction, self.clip_x0 = network, schedule, prediction, clip_x0
+    def __init__(self, network: nn.Module, schedule: VPDiscrete, prediction: str, clip: float | None = None) -> None:
+        self.network, self.schedule, self.prediction, self.clip = network, schedule, prediction, clip
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         parameter = next(self.network.parameters())
@@ -52,7 +54,7 @@ class ImportedDenoiser:
             output = (x - sigma * output) / alpha
         elif self.prediction == "v_prediction":
             output = alpha * x - sigma * output
-        return output.clamp(-1, 1) if self.clip_x0 else output
+        return output if self.clip is None else output.clamp(-self.clip, self.clip)
 
 
 def is_imported(folder: Path) -> bool:
@@ -66,7 +68,11 @@ def load_imported(folder: Path) -> ImportedModel:
     Raises:
         ValueError: one line, for a model of another kind.
     """
-    unet_folder = folder / "unet" if (folder / "model_index.json").is_file() else folder
+    if (folder / "model_index.json").is_file():
+        pipeline = _json(folder / "model_index.json").get("_class_name")
+        if pipeline not in PIPELINES:
+            raise ValueError(f"{folder}: the pipeline must be one of {', '.join(PIPELINES)}, got {pipeline}")
+    unet_folder = _unet_folder(folder)
     network = _network(unet_folder)
     schedulers = [folder / "scheduler", folder, folder.parent / "scheduler"]
     found = [place / "scheduler_config.json" for place in schedulers if (place / "scheduler_config.json").is_file()]
@@ -76,20 +82,29 @@ def load_imported(folder: Path) -> ImportedModel:
             f"{found[0]}: the scheduler must be one of {', '.join(SCHEDULERS)}, got {settings.get('_class_name')}"
         )
     # The noise levels and the meaning of the output are the model's; which of its schedulers read them is not.
-    scheduler = DDPMScheduler.from_config(settings)
+    try:
+        scheduler = DDPMScheduler.from_config(settings)
+        schedule = VPDiscrete(scheduler.alphas_cumprod)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"{found[0]}: {' '.join(str(error).split())[:200]}") from error
+    if scheduler.config.thresholding:
+        raise ValueError(f"{found[0]}: dynamic thresholding is not supported; set thresholding to false")
     prediction = scheduler.config.prediction_type
     if prediction not in PREDICTIONS:
         raise ValueError(f"{folder}: prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-    size = network.config.sample_size
-    if size is None:
-        raise ValueError(f"{unet_folder / 'config.json'}: sample_size is missing, so the images' size is unknown")
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = _size(unet_folder, network.config.sample_size)
+    channels, outputs = network.config.in_channels, network.config.out_channels
+    learned = str(scheduler.config.variance_type).startswith("learned")
+    if outputs != channels * (2 if learned else 1):
+        rule = f"{'a learned variance' if learned else 'a fixed variance'} goes with {channels * (2 if learned else 1)}"
+        raise ValueError(f"{unet_folder / 'config.json'}: {rule} output channels, got {outputs}")
     return ImportedModel(
         network=network,
-        schedule=VPDiscrete(scheduler.alphas_cumprod),
+        schedule=schedule,
         prediction=prediction,
         clip_x0=bool(scheduler.config.clip_sample),
-        shape=(network.config.in_channels, height, width),
+        clip_range=float(scheduler.config.clip_sample_range),
+        shape=(channels, height, width),
         assumed=None if found else f"{folder} has no scheduler_config.json: DDPM's noise levels and eps are assumed",
     )
 
@@ -98,8 +113,14 @@ def _network(folder: Path) -> Any:
     kind = _json(folder / "config.json").get("_class_name")
     if kind != "UNet2DModel":
         raise ValueError(f"{folder / 'config.json'}: the network must be a UNet2DModel, got {kind}")
+    if not weight_files(folder):
+        raise ValueError(f"{folder} holds no weights (diffusion_pytorch_model.safetensors)")
     try:
-        network = UNet2DModel.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        network, info = UNet2DModel.from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"the weights lack {info['missing_keys'][0]}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no readable UNet2DModel: {' '.join(str(error).split())[:200]}") from error
     if network.class_embedding is not None:
@@ -116,5 +137,15 @@ def _json(file: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the network's weights."""
-    unet_folder = folder / "unet" if (folder / "model_index.json").is_file() else folder
-    return sorted(unet_folder.glob("diffusion_pytorch_model*"))
+    return sorted(_unet_folder(folder).glob("diffusion_pytorch_model*"))
+
+
+def _unet_folder(folder: Path) -> Path:
+    return folder / "unet" if (folder / "model_index.json").is_file() else folder
+
+
+def _size(folder: Path, size: Any) -> tuple[int, int]:
+    pair = [size, size] if isinstance(size, int) else size
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(each, int) for each in pair):
+        raise ValueError(f"{folder / 'config.json'}: sample_size must be one or two whole numbers, got {size!r}")
+    return pair[0], pair[1]

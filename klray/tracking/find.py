@@ -6,7 +6,7 @@ from pathlib import Path
 
 from klray.tracking.mlflow_client import open_client
 from klray.tracking.mlflow_upload import resolve_uri
-from klray.tracking.state import TrackingError
+from klray.tracking.state import TrackingError, sqlite_path
 
 
 def checkpoint_folder(name: str, uri: str | None) -> Path:
@@ -19,11 +19,15 @@ def checkpoint_folder(name: str, uri: str | None) -> Path:
         return Path(name)
     if len(name) != 32 or not name.isalnum():
         raise TrackingError(f"no checkpoint at {name}; give a run's folder, a checkpoint's, or an MLflow run id")
+    where = resolve_uri(uri, Path.cwd())
+    file = sqlite_path(where)
+    if file is not None and not file.exists():  # MLflow would make one
+        raise TrackingError(f"no MLflow run {name}: there is no {file}; give --tracking-uri or a folder")
+    client = open_client(where)
     from mlflow.exceptions import MlflowException
 
-    where = resolve_uri(uri, Path.cwd())
     try:
-        run = open_client(where).get_run(name)
+        run = client.get_run(name)
     except MlflowException as error:
         raise TrackingError(f"no MLflow run {name} at {where}; give --tracking-uri or a folder") from error
     folder = Path(run.data.tags.get("klray.run_dir", ""))

@@ -27,12 +27,24 @@ class ImageWriter(Protocol):
     def __call__(self, seeds: Sequence[int], images: Tensor) -> None: ...
 
 
-def check_target(path: Path) -> None:
+def check_targets(paths: Sequence[Path]) -> None:
     """Refuses, before any work, what :func:`open_target` could not write.
 
     Raises:
-        UserError: for an unknown suffix, or a folder that holds images already.
+        UserError: for an unknown suffix, the same target twice, a folder that is not empty, the working folder.
     """
+    for index, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:index]]:
+            raise UserError(f"--out {path} is given twice")
+        _check_target(path)
+
+
+def _check_target(path: Path) -> None:
+    if path.resolve() == Path.cwd():
+        raise UserError(f"--out {path} is the working folder itself; name a folder in it")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"--out {path} cannot be written: {above} is a file")
     if path.suffix not in ("", ".png", ".zip", ".npz"):
         raise UserError(f"--out must end in .png (a grid), .zip, .npz, or be a folder without a suffix, got {path}")
     if path.suffix == "" and path.is_dir() and next(path.iterdir(), None) is not None:
@@ -48,8 +60,25 @@ def open_target(path: Path) -> Iterator[ImageWriter]:
     .png: a grid of the first 1024. .zip and folders: one PNG an image, named by its seed, 00000012.png. .npz: ``arr_0``
     uint8 [n, H, W, C] and ``seeds`` int64 [n].
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _open(path, aside) as writer:
+            yield writer
+        if path.is_dir():
+            path.rmdir()
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror or error}") from error
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open(path: Path, aside: Path) -> Iterator[ImageWriter]:
     if path.suffix == "":
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -59,14 +88,12 @@ def open_target(path: Path) -> Iterator[ImageWriter]:
                 (aside / _name(seed)).write_bytes(_png(image))
 
         yield write
-        if path.is_dir():
-            path.rmdir()
     elif path.suffix == ".zip":
         with zipfile.ZipFile(aside, "w") as archive:
 
             def add(seeds: Sequence[int], images: Tensor) -> None:
                 for seed, image in zip(seeds, images, strict=True):
-                    archive.writestr(_name(seed), _png(image))
+                    archive.writestr(zipfile.ZipInfo(_name(seed)), _png(image))  # without the time of day
 
             yield add
     else:
@@ -79,7 +106,6 @@ def open_target(path: Path) -> Iterator[ImageWriter]:
             with aside.open("wb") as file:
                 seeds = np.array([seed for seeds, _ in kept for seed in seeds], dtype=np.int64)
                 np.savez(file, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy(), seeds=seeds)
-    aside.replace(path)
 
 
 def _name(seed: int) -> str:

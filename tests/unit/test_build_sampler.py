@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "value of lower_order_final": (
         {"solver": "dpm_solver_pp_2m", "options": {"lower_order_final": True}},
-        "sampling.options: lower_order_final must be auto, always or never, got True",
+        "sampling.options.lower_order_final must be a word, got True",
     ),
     "value of convert_with": (
         {"solver": "heun", "options": {"convert_with": "both"}},

@@ -67,7 +67,7 @@ BAD_SETTINGS = {
     "network.term_input=time_offset": "time_offset needs process.time_grid to be a number N, got continuous",
     "precision.compile=1": "precision.compile must be a valid boolean, got 1",
     "data.name=zip": "data.path must name the zip; set data.path=...",
-    "sampling.solver=dddim": "sampling.solver must be one of ddim, got 'dddim'",
+    "sampling.solver=dddim": "got 'dddim'; the nearest is ddim",
     "sampling.timesteps=uniform": "sampling.timesteps must be one of time_uniform",
     "mesh.basis=3": "mesh.basis must divide the number of workers, 1, got 3; choose 1",
     "mesh.data=2": "mesh.data x mesh.basis must be the number of workers, 1, got 2 x 1; use --workers 2",
@@ -208,13 +208,13 @@ def test_sampling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert Path("a.png").read_bytes() == Path("sub/b.png").read_bytes()
     assert run(*how, "--seeds", "8-15", "--out", "c.png", command=sample) == 0
     assert Path("a.png").read_bytes() != Path("c.png").read_bytes()
-    assert "ddim, 3 NFE, 12 network evaluations an image" in capsys.readouterr().out
+    assert "ddim, logsnr, 3 NFE, 12 network evaluations an image" in capsys.readouterr().out
     for wrong, message in (
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
         (["--checkpoint", str(tmp_path)], "torn or no checkpoint"),
         ([*how, "--seeds", "9-3"], "--seeds must be A-B with A <= B"),
         ([*how, "--solver", "euler"], "sampling.solver must be one of ddim"),
-        (["--checkpoint", "runs/run", "--nfe", "0"], "sampling.num_steps must be greater than 0, got 0"),
+        (["--checkpoint", "runs/run", "--nfe", "0"], "sampling.nfe must be greater than 0, got 0"),
         ([*how, "--export", "pipe"], "only a wide model with prediction term folds"),
     ):
         assert run(*wrong, command=sample) == 2

@@ -179,7 +179,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         "this model's times are 0 < t <= 1, the list has 0.5 to 1.5",
     ),
     "sigma 0": ({"edm_sigma": [80.0, 1.0, 0.0]}, "edm_sigma must be > 0, got 0; leave a final 0 out"),
-    "more noise than VP has": ({"edm_sigma": [1000.0, 1.0]}, "this model's times are 0 < t <= 1, the list has"),
+    "more noise than VP has": (
+        {"edm_sigma": [1000.0, 1.0]},
+        "this model's noise ends at edm_sigma = 152.2, the list starts at 1000",
+    ),
     "no JSON": ("1.0, 0.5", "cannot be read as JSON: Extra data"),
     "empty file": ("", "cannot be read as JSON: Expecting value"),
     "endless nesting": ("[" * 100_000, "cannot be read as JSON"),

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from klray.errors import UserError
-from klray.training.image_files import MOST_IN_GRID, check_target, open_target
+from klray.training.image_files import MOST_IN_GRID, check_targets, open_target
 from klray.training.sampling import image_grid
 
 SEEDS = [[3, 4, 5], [12], [123456789, 7]]
@@ -29,7 +29,7 @@ def images(channels: int, count: int = 6, size: int = 8) -> Tensor:
 def write(path: Path, channels: int = 1) -> Tensor:
     """Six images in three batches, as sampling hands them over."""
     every = images(channels)
-    check_target(path)
+    check_targets([path])
     with open_target(path) as writer:
         for seeds, batch in zip(SEEDS, every.split([3, 1, 2]), strict=True):
             writer(seeds, batch)
@@ -198,7 +198,7 @@ def test_what_cannot_be_written_is_refused_before(
         before(tmp_path / name)
     there = everything(tmp_path)
     with pytest.raises(UserError) as caught:
-        check_target(tmp_path / name)
+        check_targets([tmp_path / name])
     assert message in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -207,5 +207,5 @@ def test_what_cannot_be_written_is_refused_before(
 
 @pytest.mark.parametrize("name", ["images", "a/images", "grid.png", "images.zip", "images.npz"])
 def test_what_can_be_written_is_not_touched_by_the_check(name: str, tmp_path: Path) -> None:
-    check_target(tmp_path / name)
+    check_targets([tmp_path / name])
     assert everything(tmp_path) == []

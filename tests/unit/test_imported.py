@@ -261,12 +261,18 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "/unet/config.json: the network must be a UNet2DModel, got UNet2DConditionModel",
     ),
     "no class of network": (edit(UNET, _class_name=None), "the network must be a UNet2DModel, got None"),
-    "no size": (edit(UNET, sample_size=None), "/unet/config.json: sample_size is missing, so the images' size is"),
-    "a latent model": (edit("model_index.json", _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]), "vqvae"),
+    "no size": (
+        edit(UNET, sample_size=None),
+        "/unet/config.json: sample_size must be one or two whole numbers, got None",
+    ),
+    "a latent model": (
+        edit("model_index.json", _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]),
+        "got LDMPipeline",
+    ),
     "an output of other channels": (network(in_channels=3, out_channels=1), "channels"),
     "an output of many channels": (network(out_channels=8), "channels"),
     "no network": (lambda folder: shutil.rmtree(folder / "unet"), "/unet/config.json cannot be read: "),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "/unet holds no readable UNet2DModel"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "/unet holds no weights"),
     "torn weights": (weights(lambda data: data[:-100]), "/unet holds no readable UNet2DModel: Unable to load weights"),
     "a torn header": (weights(lambda data: data[:50]), "/unet holds no readable UNet2DModel: Unable to load weights"),
     "empty weights": (weights(lambda data: b""), "/unet holds no readable UNet2DModel: Unable to load weights"),
@@ -299,7 +305,7 @@ def test_a_refusal_is_all_that_is_said(
     caplog.clear()
     assert sample.main(["--checkpoint", str(folder)]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith(f"klray.sample: {folder}/unet holds no readable UNet2DModel: ")
+    assert error.startswith(f"klray.sample: {folder}/unet holds no weights (")
     assert "\n" not in error
     assert [record.message for record in caplog.records if record.name.startswith("diffusers")] == []
 

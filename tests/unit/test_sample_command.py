@@ -167,6 +167,15 @@ def test_a_grid_from_a_file(trained: Path, capsys: pytest.CaptureFixture[str]) -
     assert "heun, points.json, 10 NFE, 40 network evaluations an image" in capsys.readouterr().out
 
 
+def test_a_grid_from_a_file_outweighs_the_models_nfe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = klray_model(tmp_path / "run", sampling__nfe=8)
+    Path("points.json").write_text("[1.0, 0.3, 0.05, 0.001]")
+    drawn(model, "--timesteps", "points.json")
+    assert "points.json, 3 NFE" in capsys.readouterr().out
+    error = refused(model, "--timesteps", "points.json", "--nfe", "8", capsys=capsys)
+    assert "sampling.nfe: ddim makes 8 steps of NFE 8, the grid has 3" in error
+
+
 def test_an_nfe_is_spent_as_the_solver_does(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn(trained, "--solver", "dpm_solver_3", "--nfe", "7")
     assert "dpm_solver_3, logsnr, 7 NFE, 28 network evaluations an image" in capsys.readouterr().out
@@ -252,11 +261,12 @@ def test_what_is_no_checkpoint_is_refused(trained: Path, tmp_path: Path, capsys:
 
 def test_a_run_that_mlflow_does_not_know_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     run_id = "0123456789abcdef" * 2
-    uri = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    file = Path.cwd() / "mlflow.db"
     capsys.readouterr()
-    assert run(run_id, "--tracking-uri", uri) == 2
+    assert run(run_id, "--tracking-uri", f"sqlite:///{file}") == 2
     error = capsys.readouterr().err.strip()
-    assert error == f"klray.sample: no MLflow run {run_id} at {uri}; give --tracking-uri or a folder"
+    assert error == f"klray.sample: no MLflow run {run_id}: there is no {file}; give --tracking-uri or a folder"
+    assert not file.exists()
 
 
 def test_an_output_that_is_there_is_not_mixed_with_another(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -338,8 +338,8 @@ def test_wrong_options_are_named(run: Callable[[], Tensor], message: str) -> Non
 
 
 def test_options_of_a_solver_are_listed() -> None:
-    assert SOLVERS["heun"].options == ["convert_with"]
-    assert SOLVERS["unipc_3"].options == ["variant", "lower_order_final", "convert_with"]
+    assert SOLVERS["heun"].options == {"convert_with": "net"}
+    assert SOLVERS["unipc_3"].options == {"variant": "bh1", "lower_order_final": "auto", "convert_with": "net"}
 
 
 def test_phi_against_quadrature() -> None:

@@ -38,10 +38,11 @@ class Solver:
         return len(orders), {} if self.nfe(len(orders)) == nfe else {"orders": orders}
 
     @property
-    def options(self) -> list[str]:
-        """The keywords of ``sample`` that are a user's choice."""
-        keywords = [p.name for p in inspect.signature(self.sample).parameters.values() if p.kind == p.KEYWORD_ONLY]
-        return [name for name in keywords if name not in ("order", "orders", "variable")]
+    def options(self) -> dict[str, bool | str]:
+        """The keywords of ``sample`` that are a user's choice, with their defaults."""
+        parameters = inspect.signature(self.sample).parameters.values()
+        keywords = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
+        return {name: keywords[name] for name in keywords if name not in ("order", "orders", "variable")}
 
 
 def _multistep(sample: Callable[..., Tensor], points: int, order: int, lower_order_final: str = "never") -> Solver:
