@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 
@@ -201,8 +202,12 @@ def test_ctrl_c_leaves_nothing() -> None:
     def interrupt(index: int, value: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        list(run_jobs(counting, 1, [1000, 1000], workers=2, on_report=interrupt))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray Train leaves a handler of its own
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run_jobs(counting, 1, [1000, 1000], workers=2, on_report=interrupt))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("workers, group_size", [(3, 2), (0, 1), (2, 0)])
@@ -218,8 +223,13 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_workers_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connect, "cluster_size", lambda: (4, 0))
-    assert [connect.cpu_share(workers) for workers in (1, 3, 4, 6)] == [4, 1, 1, 0.666]
+    def shares(*nodes: int) -> list[float]:
+        alive = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in nodes]
+        monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 64.0}}])
+        return [connect.cpu_share(workers) for workers in (1, 3, 4, 6)]
+
+    assert shares(4) == [4, 1, 1, 0.666]
+    assert shares(8, 8) == [8, 4, 4, 2]  # no worker lies on two nodes
 
 
 def test_no_jobs_have_no_outcomes() -> None:
