@@ -165,7 +165,7 @@ def _reference(args: Namespace, model: Model, features: Features, workers: int) 
     from klray.cluster.evaluate_job import reference_features
     from klray.config import ConfigError, load_config
     from klray.metrics.reference import load_reference, read_npz
-    from klray.training.data import load_images
+    from klray.training.data import images_of
 
     if args.reference.endswith(".npz"):
         return read_npz(Path(args.reference))
@@ -174,16 +174,7 @@ def _reference(args: Namespace, model: Model, features: Features, workers: int) 
     config = model.config if args.data is None else load_config(args.data)
     if config is None:
         raise ConfigError("--data must name a preset: an imported model does not know its training images")
-    settings = config.data
-    data = load_images(
-        settings.name,
-        image_size=settings.image_size,
-        path=settings.path,
-        resize=settings.resize,
-        download=settings.download,
-        limit=settings.limit,
-        held_out=settings.held_out,
-    )
+    data = images_of(config.data)
     images = getattr(data, args.reference)[: args.reference_images]
     if images.shape[1:] != model.shape:
         raise ConfigError(f"the model draws images {list(model.shape)}, --data holds {list(images.shape[1:])}")

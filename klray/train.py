@@ -112,18 +112,10 @@ def _workers(args: Namespace) -> int:
 
 def _data(config: Config) -> ImageData:
     from klray.config import ConfigError
-    from klray.training.data import load_images
+    from klray.training.data import images_of
 
     settings = config.data
-    data = load_images(
-        settings.name,
-        image_size=settings.image_size,
-        path=settings.path,
-        resize=settings.resize,
-        download=settings.download,
-        limit=settings.limit,
-        held_out=settings.held_out,
-    )
+    data = images_of(settings)
     channels = data.train.shape[1]
     if channels != settings.channels:
         raise ConfigError(f"data.channels must be {channels} for these images, got {settings.channels}")
@@ -200,10 +192,10 @@ def _run(
     if args.runner == "ray":
         print("starting Ray and the workers (about half a minute)", flush=True)
         from klray.cluster.connect import connect
-        from klray.cluster.train_job import run_on_ray
+        from klray.cluster.train_job import SharedImages, run_on_ray
 
         connect()
-        run_on_ray(config, data, mesh_shape=mesh_shape, run_dir=run_dir, provenance=provenance)
+        run_on_ray(config, SharedImages.of(data), mesh_shape=mesh_shape, run_dir=run_dir, provenance=provenance)
     else:
         _in_process(config, data, mesh_shape, run_dir, provenance)
 

@@ -105,12 +105,14 @@ def measure(
     workers: int,
     basis: int,
     progress: Callable[[int], object],
+    cpus_per_worker: float | None = None,
 ) -> Iterator[Measured]:
     """Scores each (cell, block, seeds) in turn. Batches come in the order of their seeds, so that the scores are the
     same for any number of workers.
 
     Args:
         progress: called with the number of images that were drawn.
+        cpus_per_worker: as for ``spread``.
 
     Raises:
         UserError, RunError: as ``spread`` and ``compute``.
@@ -121,7 +123,7 @@ def measure(
         for (cell, _, _), parts in zip(blocks, batches, strict=True)
         for index, batch in enumerate(parts)
     ]
-    results = spread(task, pieces, workers=workers, basis=basis)
+    results = spread(task, pieces, workers=workers, basis=basis, cpus_per_worker=cpus_per_worker)
     for (cell, block, _), parts in zip(blocks, batches, strict=True):
         sample, began = _Sample(metrics), time.perf_counter()
         shown: list[Tensor] = []

@@ -60,6 +60,7 @@ def run_jobs(
     workers: int,
     group_size: int = 1,
     gpus_per_worker: float | None = None,
+    cpus_per_worker: float | None = None,
     attempts: int = 2,
     on_report: Callable[[int, Any], None] | None = None,
 ) -> Iterator[Outcome]:
@@ -78,6 +79,7 @@ def run_jobs(
         workers: of all groups; fewer are started where there are fewer jobs than groups.
         gpus_per_worker: one by default, or a part where the cluster has fewer GPUs than workers; without GPUs the
             workers share its CPUs.
+        cpus_per_worker: an equal share of all by default; less where others use the cluster too.
         attempts: at each job before its outcome is an error.
 
     Raises:
@@ -95,7 +97,7 @@ def run_jobs(
         gpus_per_worker = int(10000 / math.ceil(workers / gpus)) / 10000
     if workers * gpus_per_worker > gpus:
         raise UserError(f"workers x gpus_per_worker must be at most {gpus}, got {workers} x {gpus_per_worker}")
-    share = {"CPU": cpu_share(workers), "GPU": gpus_per_worker}
+    share = {"CPU": cpus_per_worker or cpu_share(workers), "GPU": gpus_per_worker}
     given = ray.put((prepare, settings, on_report is not None))
     return _outcomes(lambda: _Group(group_size, share, given), groups, jobs, attempts, on_report)
 

@@ -20,17 +20,20 @@ class Task(Protocol):
     def start(self, device: torch.device, mesh: Mesh) -> Callable[[Any], Any]: ...
 
 
-def spread(task: Task, pieces: Sequence[Any], *, workers: int, basis: int = 1) -> Iterator[Any]:
+def spread(
+    task: Task, pieces: Sequence[Any], *, workers: int, basis: int = 1, cpus_per_worker: float | None = None
+) -> Iterator[Any]:
     """The result of each piece, in their order. With one worker nothing of Ray is started.
 
     Args:
         workers: processes; ``basis`` of them share each piece, its terms spread over them.
+        cpus_per_worker: for workers on Ray, one too, that share the cluster with others.
 
     Raises:
         UserError: as the task raises it, or where the workers do not fit.
         RunError: where a piece failed twice.
     """
-    if workers == 1 and basis == 1:
+    if workers == 1 and basis == 1 and cpus_per_worker is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         work = task.start(device, Mesh())
         for piece in pieces:
@@ -42,7 +45,7 @@ def spread(task: Task, pieces: Sequence[Any], *, workers: int, basis: int = 1) -
     connect()
     early: dict[int, Any] = {}
     due = 0
-    for outcome in run_jobs(_prepare, task, pieces, workers=workers, group_size=basis):
+    for outcome in run_jobs(_prepare, task, pieces, workers=workers, group_size=basis, cpus_per_worker=cpus_per_worker):
         if outcome.error is not None:
             raise RunError(f"a worker failed: {outcome.error}")
         early[outcome.index] = outcome.value

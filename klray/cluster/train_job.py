@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from klray.errors import RunError, UserError
 from klray.tracking.records import RecordWriter
 from klray.tracking.train_run import train_and_record
 from klray.training.data import ImageData
+from klray.training.loop import NonFiniteError
 
 
 class WorkersError(UserError):
@@ -28,36 +30,59 @@ class TrainingError(RunError):
     """Training failed for a reason that a restart does not mend, or more often than is allowed."""
 
 
+class DivergedError(TrainingError):
+    """Gradients stopped being finite: the settings are bad, not the machine."""
+
+
+@dataclass(frozen=True)
+class SharedImages:
+    """Images in Ray's object store: one copy a node, read in place by every worker."""
+
+    arrays: ray.ObjectRef
+    fingerprint: str
+
+    @staticmethod
+    def of(data: ImageData) -> SharedImages:
+        """Puts them there."""
+        return SharedImages(ray.put({"train": data.train, "held_out": data.held_out}), data.fingerprint)
+
+
 def run_on_ray(
     config: Config,
-    data: ImageData,
+    images: SharedImages,
     *,
     mesh_shape: tuple[int, int],
     run_dir: Path,
     provenance: dict[str, Any],
     max_failures: int = 10,
+    cpus_per_worker: float | None = None,
+    callbacks: list[Any] | None = None,
 ) -> None:
     """Trains on a worker group; a lost worker restarts the group from the last whole checkpoint.
 
     klray's own checkpoints in RUN_DIR are the ones resumed from, so that every runner continues every other's run;
     Ray gets metrics after each validation.
 
+    Args:
+        cpus_per_worker: where other runs share the cluster; None: an equal share of all.
+        callbacks: of Ray Train.
+
     Raises:
         WorkersError: where the cluster has too few GPUs.
-        TrainingError: where training failed for good.
+        DivergedError, TrainingError: where training failed for good.
     """
     workers = mesh_shape[0] * mesh_shape[1]
     _, gpus = cluster_size()
     use_gpu = gpus > 0
     if use_gpu and workers > gpus:
         raise WorkersError(f"--workers must be at most the cluster's GPUs, {gpus}, got {workers}")
-    share = cpu_share(workers)
+    share = cpu_share(workers) if cpus_per_worker is None else cpus_per_worker
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "data": ray.put({"train": data.train, "held_out": data.held_out}),
-            "fingerprint": data.fingerprint,
+            "data": images.arrays,
+            "fingerprint": images.fingerprint,
             "mesh_shape": mesh_shape,
             "run_dir": str(run_dir),
             "provenance": provenance,
@@ -70,6 +95,7 @@ def run_on_ray(
             name=f"attempt_{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+            callbacks=callbacks,
         ),
     )
     try:
@@ -82,10 +108,10 @@ def run_on_ray(
         raise KeyboardInterrupt from stop
     outcome = result.return_value or {}
     if "error" in outcome:
-        raise TrainingError(outcome["error"])
+        raise (DivergedError if outcome["diverged"] else TrainingError)(outcome["error"])
 
 
-def _worker(settings: dict[str, Any]) -> dict[str, str]:
+def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(settings["threads"])
     arrays = ray.get(settings["data"])
     try:
@@ -100,13 +126,13 @@ def _worker(settings: dict[str, Any]) -> dict[str, str]:
         )
     except (UserError, RunError) as error:
         # Every rank raises the same one, and so would every restart: it is handed to the driver instead.
-        return {"error": str(error)}
+        return {"error": str(error), "diverged": isinstance(error, NonFiniteError)}
     return {}
 
 
 def _report_to_ray(metrics: dict[str, float]) -> None:
     if "val/eps_mse" in metrics:
-        ray.train.report(metrics)
+        ray.train.report({**metrics, "budget_percent": round(100 * metrics["budget_used"])})
 
 
 def _record(run_dir: Path, status: str) -> None:

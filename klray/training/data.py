@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from klray.config import Data
 from klray.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -101,6 +102,12 @@ def load_images(
     for array in arrays:
         digest.update(array.data)
     return ImageData(arrays[0], arrays[1], digest.hexdigest()[:16])
+
+
+def images_of(settings: Data) -> ImageData:
+    """The images of a configuration's ``data`` section; raises as ``load_images``."""
+    arguments = settings.model_dump(include={"name", "image_size", "path", "resize", "download", "limit", "held_out"})
+    return load_images(**arguments)
 
 
 def to_unit_range(images: Tensor) -> Tensor:

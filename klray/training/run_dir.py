@@ -25,22 +25,33 @@ def open_run(root: Path, name: str, config: Config, details: dict[str, Any]) -> 
         raise ConfigError(f"--name must be letters, digits, '.', '_' or '-', got {name!r}")
     run_dir = root.resolve() / name
     file = run_dir / "run.json"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / "lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {run_dir}: {error.strerror}; choose another --runs folder") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"run {name} is being trained by another process; wait, or choose a --name") from error
+    with locked(run_dir, f"run {name} is being trained by another process; wait, or choose a --name"):
         if file.exists():
             _refuse_other(name, config, json.loads(file.read_text())["config"])
         aside = file.with_suffix(".tmp")
         aside.write_text(json.dumps({"name": name, **details, "config": config.model_dump(mode="json")}, indent=1))
         aside.rename(file)
         yield run_dir
+
+
+@contextmanager
+def locked(folder: Path, taken: str) -> Iterator[None]:
+    """Holds FOLDER/lock, made with the folder.
+
+    Raises:
+        ConfigError: ``taken``, where another process holds it; or where the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(taken) from error
+        yield
 
 
 def _refuse_other(name: str, config: Config, kept: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from klray.cluster.train_job import TrainingError, run_on_ray
+from klray.cluster.train_job import SharedImages, TrainingError, run_on_ray
 from klray.config import Config, override
 from klray.tracking.records import history, read_records
 from klray.training.checkpoint import load_latest
@@ -49,7 +49,7 @@ def train(run_dir: Path, workers: int) -> None:
     config = config_of()
     run_dir.mkdir(parents=True, exist_ok=True)
     data = load_images("digits", image_size=8)
-    run_on_ray(config, data, mesh_shape=MESHES[workers], run_dir=run_dir, provenance={})
+    run_on_ray(config, SharedImages.of(data), mesh_shape=MESHES[workers], run_dir=run_dir, provenance={})
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
@@ -181,6 +181,6 @@ def test_a_deterministic_failure_is_not_repeated(tmp_path: Path) -> None:
     config = override(SETTINGS, [("optimizer.lr", 1e30), ("optimizer.max_nonfinite", 3), ("optimizer.clip_norm", None)])
     data = load_images("digits", image_size=8)
     with pytest.raises(TrainingError, match="steps in a row had a non-finite gradient.*lower optimizer.lr"):
-        run_on_ray(config, data, mesh_shape=(1, 1), run_dir=tmp_path, provenance={})
+        run_on_ray(config, SharedImages.of(data), mesh_shape=(1, 1), run_dir=tmp_path, provenance={})
     assert starts(tmp_path) == 1
     assert load_latest(tmp_path, warn=pytest.fail) is None  # nothing poisoned was kept

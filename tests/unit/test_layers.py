@@ -17,6 +17,7 @@ LAYERS = [
     ["parallel"],
     ["networks"],
     ["config"],
+    ["space"],
     ["build"],
     ["training", "discretize", "metrics"],
     ["tracking"],

@@ -1,0 +1,59 @@
+"""Scores of generated images as objectives: a trial's images are measured when its training has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from klray.build import build_sampler
+from klray.cluster.evaluate_job import Cell, EvaluationTask, Features, measure, reference_features
+from klray.cluster.train_job import SharedImages
+from klray.config import Config
+from klray.metrics.reference import Reference, load_reference
+from klray.metrics.scores import metric_name
+from klray.tracking.records import RecordWriter, history
+from klray.training.sampling import Drawing
+
+
+def study_reference(config: Config, images: SharedImages, features: Features, workers: int = 1) -> Reference:
+    """The real images' features, from the cache after the first time."""
+    name = config.evaluation.reference
+    array: np.ndarray = ray.get(images.arrays)[name]
+    return load_reference(
+        array, images.fingerprint, name, features.name, lambda real: reference_features(real, features, workers)
+    )
+
+
+def score_run(
+    config: Config, run_dir: Path, images: SharedImages, features: Features, cpus_per_worker: float
+) -> dict[str, float]:
+    """Scores a finished run by its own evaluation.* and sampling.*, once: later calls read them from its records.
+
+    Returns:
+        the scores by their short names: kid, fid, ...
+    """
+    settings = config.evaluation
+    count = settings.num_samples
+    names = {score: metric_name(score, count, features.name, settings.reference) for score in settings.metrics}
+    kept = history(run_dir)
+    if all(name in kept for name in names.values()):
+        return {score: kept[name][-1][1] for score, name in names.items()}
+    reference = study_reference(config, images, features)
+    task = EvaluationTask(Drawing(run_dir, settings.batch_size), [Cell(config.sampling, None)], features)
+    (measured,) = measure(
+        task,
+        [(0, 0, range(count))],
+        settings.metrics,
+        reference,
+        workers=1,
+        basis=1,
+        progress=lambda drawn: None,
+        cpus_per_worker=cpus_per_worker,
+    )
+    step = int(kept["images_seen"][-1][1])
+    named = {metric_name(s, count, features.name, settings.reference): value for s, value in measured.scores.items()}
+    with RecordWriter(run_dir) as writer:
+        writer.metrics(step, {**named, "nfe": build_sampler(config.sampling).nfe})
+    return measured.scores

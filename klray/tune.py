@@ -1,0 +1,148 @@
+"""A study: python -m klray.tune --space tune_spaces/M.yaml. The same command again goes on with what is missing."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from klray.cli import Parser, run_command
+
+if TYPE_CHECKING:
+    from klray.space import Space
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The command line."""
+    parser = Parser(prog="klray.tune", description=__doc__)
+    parser.add_argument("--space", required=True, type=Path, metavar="FILE", help="what to search; see tune_spaces/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override the file: trials=4, budget.amount=1e5"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes of one trial (default 1)")
+    parser.add_argument("--name", help="the study's name (default: the file's name + hash of the space)")
+    parser.add_argument("--studies", type=Path, default=Path("studies"), help="the folder that holds studies' folders")
+    parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is; off for none")
+    parser.add_argument("--dry-run", action="store_true", help="print the space and what a trial may be")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 the user's mistake, 1 failed trials, 130 stopped by Ctrl-C."""
+    args = parse(argv)
+    return run_command("klray.tune", lambda: _tune(args), "The same command again goes on with what is missing.")
+
+
+def _tune(args: Namespace) -> int:
+    from klray.build import build_sampler
+    from klray.config import ConfigError
+    from klray.space import load_space
+
+    space = load_space(args.space, args.set)
+    if args.workers < 1:
+        raise ConfigError(f"--workers must be >= 1, got {args.workers}")
+    for setting in space.corners():
+        build_sampler(space.config(setting).sampling)
+    name = args.name or f"{args.space.stem}-{space.fingerprint()[:8]}"
+    if args.dry_run:
+        return _dry_run(space, name)
+    return _run(args, space, name)
+
+
+def _dry_run(space: Space, name: str) -> int:
+    import yaml
+
+    described = space.describe()
+    print(yaml.safe_dump(described, sort_keys=False).rstrip())
+    print(f"\nstudy       {name}")
+    print(f"trials      {space.trials} x {space.seeds} seeds, {space.budget.amount:g} {space.budget.unit} each")
+    return 0
+
+
+def _run(args: Namespace, space: Space, name: str) -> int:
+    from contextlib import ExitStack
+
+    from klray.cluster.connect import connect
+    from klray.cluster.evaluate_job import Features
+    from klray.cluster.study_figures import draw_figures
+    from klray.cluster.study_results import collect, ranking, table, train_command, write_csv
+    from klray.cluster.train_job import SharedImages
+    from klray.cluster.tune_job import concurrency, run_study
+    from klray.tracking.mlflow_upload import Uploader, resolve_uri
+    from klray.tracking.records import RecordWriter
+    from klray.tracking.study_progress import StudyProgress
+    from klray.tracking.study_uploads import StudyUploads
+    from klray.tracking.train_run import git_commit, hardware
+    from klray.training.data import images_of
+    from klray.training.study_dir import open_study_folder
+
+    asked = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
+    data = images_of(space.base.data)
+    with ExitStack() as stack:
+        folder = stack.enter_context(open_study_folder(args.studies, name, space))
+        print(f"study {name} in {folder}: {space.question}", flush=True)
+        tags = {"klray.kind": "study", "klray.git": git_commit(), "klray.hardware": hardware()}
+        stack.enter_context(Uploader(folder, uri, name, name, tags=tags))
+        writer = stack.enter_context(RecordWriter(folder))
+        writer.status("RUNNING")
+        writer.params(_params(space))
+        stack.enter_context(StudyUploads(folder, uri, name))
+        connect()
+        features = Features(*_features(space))
+        progress = StudyProgress(space, lambda line: print(line, flush=True))
+        print(f"{space.trials} trials, {concurrency(space, args.workers)} at a time, {args.workers} workers each")
+        details = {"experiment": name, "tracking_uri": uri}
+        run_study(
+            space,
+            folder,
+            SharedImages.of(data),
+            workers=args.workers,
+            features=features,
+            details=details,
+            watch=progress,
+        )
+        rows = ranking(space, collect(space, folder))
+        write_csv(space, rows, folder / "results.csv")
+        for path in (folder / "results.csv", *draw_figures(space, folder, rows)):
+            writer.artifact(path)
+        complete = [row for row in rows if row.state == "complete"]
+        if complete:
+            best = {f"best/{o.metric}": value for o, value in zip(space.objectives, complete[0].values, strict=True)}
+            writer.metrics(len(rows), best)
+        failed = [row for row in rows if row.state == "failed"]
+        writer.status("FAILED" if failed or not complete else "FINISHED")
+    print(f"\n{table(space, rows)}\n\nresults     {folder / 'results.csv'} and {folder / 'figures'}")
+    if complete:
+        print(f"best        trial {complete[0].number}:\n{train_command(space, complete[0])}")
+    if uri is not None:
+        print(f"MLflow      mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"MLflow      {uri}")
+    if failed:
+        print(f"{len(failed)} trials failed: {', '.join(str(row.number) for row in failed)}")
+    return 1 if failed or not complete else 0
+
+
+def _features(space: Space) -> tuple[str, Path | None]:
+    """Which features scores are made of, and their weights; settled before any trial starts."""
+    from klray.metrics.features import EFFICIENTNET, find_extractor
+
+    settings = space.base.evaluation
+    weights = None if settings.inception_weights is None else Path(settings.inception_weights).resolve()
+    if not any(objective.score for objective in space.objectives):
+        return settings.features or EFFICIENTNET, weights  # nothing is measured
+    name, note = find_extractor(settings.features, weights)
+    if note is not None:
+        print(f"note: {note}", flush=True)
+    return name, weights
+
+
+def _params(space: Space) -> dict[str, Any]:
+    from klray.config import flatten
+
+    described = space.describe()
+    return flatten({key: described[key] for key in described if key not in ("base", "objectives")})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

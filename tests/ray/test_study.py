@@ -1,0 +1,222 @@
+"""Studies on a real cluster: what fails, what is pruned, what a killed driver leaves, and that budgets are equal."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import ray
+import yaml
+from optuna.trial import TrialState
+
+from klray import tune
+from klray.cluster.study_search import DIVERGED, FINISHED, PERCENT, StudySearch, open_study
+from klray.space import load_space
+from klray.tracking.records import history, read_records
+
+TINY = {
+    "network.kind": "mlp",
+    "network.width": 16,
+    "optimizer.batch_size": 16,
+    "validation.images": 16,
+    "validation.every_images": 64,
+    "sampling.images": 4,
+    "sampling.num_steps": 2,
+    "data.limit": 200,
+}
+
+
+def space_file(folder: Path, **changes: Any) -> Path:
+    tree = {
+        "question": "Does it work?",
+        "config": "digits",
+        "set": TINY,
+        "parameters": {"process.num_terms": {"type": "categorical", "choices": [0, 2]}},
+        "budget": {"unit": "network_evals", "amount": 640},
+        "sampler": "grid",
+        "trials": 2,
+        **changes,
+    }
+    file = folder / "space.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return file
+
+
+def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'optuna.db'}")
+    return optuna.load_study(study_name=folder.name, storage=storage).get_trials()
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_study_with_a_failing_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two workers along the basis axis do not fit one: those trials fail, the others are compared at equal cost."""
+    parameters = {
+        "process.num_terms": {"type": "categorical", "choices": [2, 4]},
+        "mesh.basis": {"type": "categorical", "choices": [1, 2]},
+    }
+    file = space_file(tmp_path, parameters=parameters, trials=4, seeds=2)
+    assert tune.main(["--space", str(file), "--name", "study", "--tracking-uri", "sqlite:///mlflow.db"]) == 1
+    printed = capsys.readouterr().out
+    folder = tmp_path / "studies" / "study"
+    states = {
+        (t.user_attrs["chosen"]["process.num_terms"], t.user_attrs["chosen"]["mesh.basis"]): t.state
+        for t in trials_of(folder)
+    }
+    assert states == {
+        (2, 1): TrialState.COMPLETE, (4, 1): TrialState.COMPLETE, (2, 2): TrialState.FAIL, (4, 2): TrialState.FAIL,
+    }  # fmt: skip
+    assert "2 trials failed" in printed
+    assert "mesh.basis must divide the number of workers, 1, got 2" in printed
+    assert "python -m klray.train" in printed
+    with (folder / "results.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    complete = [row for row in rows if row["state"] == "complete"]
+    assert [float(row["val/eps_mse"]) for row in complete] == sorted(float(row["val/eps_mse"]) for row in complete)
+    for row in complete:  # within one step of the budget, for every M
+        step = 16 * int(row["process.num_terms"])
+        assert 640 - step < float(row["network_evals"]) <= 640
+        assert float(row["val/eps_mse +-"]) > 0
+    for number in (int(row["trial"]) for row in complete):
+        runs = sorted(path.name for path in (folder / "trials").glob(f"{number:04d}*"))
+        assert runs == [f"{number:04d}-seed0", f"{number:04d}-seed1"]
+    assert {path.name for path in (folder / "figures").iterdir()} >= {"history.png", "convergence.png"}
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "study"]
+    runs = client.search_runs([experiment.experiment_id])
+    (study,) = [run for run in runs if run.data.tags.get("klray.kind") == "study"]
+    nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == study.info.run_id]
+    assert {run.info.run_name for run in nested} >= {f"{int(row['trial']):04d}-seed0" for row in complete}
+    assert {run.data.params["process.num_terms"] for run in nested} == {"2", "4"}
+    assert "results.csv" in [artifact.path for artifact in client.list_artifacts(study.info.run_id)]
+
+    # The same command runs nothing again; another space under the name is refused, and so are fewer trials.
+    before = {path: path.read_bytes() for path in folder.glob("trials/*/records.jsonl")}
+    assert tune.main(["--space", str(file), "--name", "study", "--tracking-uri", "off"]) == 1
+    assert {path: path.read_bytes() for path in folder.glob("trials/*/records.jsonl")} == before
+    capsys.readouterr()
+    assert tune.main(["--space", str(file), "--name", "study", "--set", "budget.amount=700"]) == 2
+    assert "budget.amount: 640.0 -> 700.0" in capsys.readouterr().err
+    assert tune.main(["--space", str(file), "--name", "study", "--set", "seeds=1"]) == 2
+
+
+def test_a_bad_setting_is_pruned_and_frees_its_workers(tmp_path: Path) -> None:
+    parameters = {"optimizer.lr": {"type": "categorical", "choices": [1e-2, 1e-8]}}
+    budget, scheduler = {"unit": "images", "amount": 6400}, {"kind": "asha", "reduction_factor": 2, "min_fraction": 0.1}
+    file = space_file(tmp_path, parameters=parameters, budget=budget, scheduler=scheduler, concurrency=1)
+    assert tune.main(["--space", str(file), "--name", "study", "--tracking-uri", "off"]) == 0
+    good, bad = trials_of(tmp_path / "studies" / "study")
+    assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.PRUNED)
+    assert bad.intermediate_values  # what it was judged by
+    used = history(tmp_path / "studies" / "study" / "trials" / f"{bad.number:04d}")["budget_used"][-1][1]
+    assert used < 0.9
+    for _ in range(60):
+        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"workers are still held: {ray.available_resources()}")
+
+
+def test_a_killed_driver_loses_nothing(tmp_path: Path) -> None:
+    parameters = {"optimizer.lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
+    file = space_file(
+        tmp_path,
+        set={**TINY, "checkpoint.every_images": 1600},
+        parameters=parameters,
+        budget={"unit": "images", "amount": 48000},
+        sampler="random",
+        trials=3,
+        concurrency=2,
+    )
+    command = [sys.executable, "-m", "klray.tune", "--space", str(file), "--name", "study", "--tracking-uri", "off"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    folder = tmp_path / "studies" / "study"
+    driver = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while len(list(folder.glob("trials/*/checkpoints/checkpoint_*"))) < 3:
+            assert time.monotonic() < deadline
+            assert driver.poll() is None
+            time.sleep(0.2)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    left = trials_of(folder)
+    assert any(trial.state == TrialState.RUNNING for trial in left)
+    time.sleep(5)  # the workers of the killed driver end by themselves
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    trials = trials_of(folder)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    for before, after in zip(left, trials, strict=False):
+        assert before.user_attrs["chosen"] == after.user_attrs["chosen"]
+    for trial in trials:
+        run_dir = folder / "trials" / f"{trial.number:04d}"
+        ends = [r for r, _ in read_records(run_dir) if r["kind"] == "status" and r["status"] == "FINISHED"]
+        assert len(ends) == 1  # none ran twice to its end
+        assert history(run_dir)["images_seen"][-1][1] == 48000
+
+
+# The searcher alone
+
+
+def search(tmp_path: Path, **changes: Any) -> StudySearch:
+    folder = tmp_path / "study"
+    folder.mkdir(exist_ok=True)
+    return StudySearch(load_space(space_file(tmp_path, **changes)), folder)
+
+
+def test_what_is_not_a_number_counts_as_the_worst(tmp_path: Path) -> None:
+    searcher = search(tmp_path)
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", {FINISHED: [float("nan")], "values": [[float("nan")]], PERCENT: 100})
+    (trial,) = [t for t in searcher.study.get_trials() if t.state != TrialState.WAITING]
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, DIVERGED)
+
+
+def test_a_running_trial_comes_back_first_with_its_settings(tmp_path: Path) -> None:
+    first = search(tmp_path, sampler="random", trials=3)
+    given = first.suggest("a")
+    first.on_trial_result("a", {"val/eps_mse": 0.5, PERCENT: 20})
+    again = search(tmp_path, sampler="random", trials=3)
+    assert again.suggest("b") == given
+    again.on_trial_complete("b", {FINISHED: [0.4], "values": [[0.4]], PERCENT: 100})
+    numbers = [again.suggest(name)["number"] for name in ("c", "d")]  # type: ignore[index]
+    assert numbers == [1, 2]
+    assert again.suggest("e") == "FINISHED"
+    states = [t.state for t in open_study(again.space, tmp_path / "study").get_trials()]
+    assert states == [TrialState.COMPLETE, TrialState.RUNNING, TrialState.RUNNING]
+
+
+def test_a_continued_random_study_does_not_draw_the_same_again(tmp_path: Path) -> None:
+    lr = {"optimizer.lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
+    drawn = []
+    for name in "abcd":
+        suggested = search(tmp_path, sampler="random", trials=9, parameters=lr).study.ask()
+        drawn.append(suggested.suggest_float("optimizer.lr", 1e-4, 1e-2, log=True))
+        assert name
+    assert len(set(drawn)) == 4
+
+
+def test_the_space_is_kept_with_the_study(tmp_path: Path) -> None:
+    file = space_file(tmp_path)
+    assert tune.main(["--space", str(file), "--dry-run"]) == 0
+    assert not (tmp_path / "studies").exists()
+    assert json.dumps(load_space(file).describe())
