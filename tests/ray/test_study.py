@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from optuna.trial import TrialState
 from klray import tune
 from klray.cluster.study_search import DIVERGED, FINISHED, PERCENT, StudySearch, open_study
 from klray.space import load_space
-from klray.tracking.records import history, read_records
+from klray.tracking.records import history
 
 TINY = {
     "network.kind": "mlp",
@@ -130,48 +126,6 @@ def test_a_bad_setting_is_pruned_and_frees_its_workers(tmp_path: Path) -> None:
             return
         time.sleep(0.5)
     pytest.fail(f"workers are still held: {ray.available_resources()}")
-
-
-def test_a_killed_driver_loses_nothing(tmp_path: Path) -> None:
-    parameters = {"optimizer.lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
-    file = space_file(
-        tmp_path,
-        set={**TINY, "checkpoint.every_images": 1600},
-        parameters=parameters,
-        budget={"unit": "images", "amount": 48000},
-        sampler="random",
-        trials=3,
-        concurrency=2,
-    )
-    command = [sys.executable, "-m", "klray.tune", "--space", str(file), "--name", "study", "--tracking-uri", "off"]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    folder = tmp_path / "studies" / "study"
-    driver = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while len(list(folder.glob("trials/*/checkpoints/checkpoint_*"))) < 3:
-            assert time.monotonic() < deadline
-            assert driver.poll() is None
-            time.sleep(0.2)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-    left = trials_of(folder)
-    assert any(trial.state == TrialState.RUNNING for trial in left)
-    time.sleep(5)  # the workers of the killed driver end by themselves
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stderr
-    trials = trials_of(folder)
-    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
-    for before, after in zip(left, trials, strict=False):
-        assert before.user_attrs["chosen"] == after.user_attrs["chosen"]
-    for trial in trials:
-        run_dir = folder / "trials" / f"{trial.number:04d}"
-        ends = [r for r, _ in read_records(run_dir) if r["kind"] == "status" and r["status"] == "FINISHED"]
-        assert len(ends) == 1  # none ran twice to its end
-        assert history(run_dir)["images_seen"][-1][1] == 48000
 
 
 # The searcher alone
