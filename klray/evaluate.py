@@ -125,15 +125,14 @@ def _cells(args: Namespace, model: Model) -> list[Cell]:
     from itertools import product
 
     from klray.cluster.evaluate_job import Cell
-    from klray.discretize.grid_files import is_grid_file, read_grid
+    from klray.discretize.grid_files import grid_of
     from klray.training.sampling import sampling_of
 
     cells = []
     options = options_of(args.option) or None
     for solver, timesteps, nfe in product(args.solver or [None], args.timesteps or [None], args.nfe or [None]):
-        from_file = timesteps is not None and is_grid_file(timesteps)
-        grid = read_grid(Path(timesteps), model.schedule) if from_file else None
-        cells.append(Cell(sampling_of(model, solver=solver, nfe=nfe, timesteps=timesteps, options=options), grid))
+        grid = grid_of(timesteps, model.schedule)
+        cells.append(Cell(sampling_of(model, grid, solver=solver, nfe=nfe, timesteps=timesteps, options=options), grid))
     return cells
 
 

@@ -51,7 +51,7 @@ def _sample(args: Namespace) -> int:
     from klray.build import build_sampler
     from klray.cluster.connect import default_workers
     from klray.cluster.spread import spread
-    from klray.discretize.grid_files import is_grid_file, read_grid
+    from klray.discretize.grid_files import grid_of
     from klray.parallel.mesh import Mesh
     from klray.tracking.find import checkpoint_folder
     from klray.training.image_files import check_targets, open_target
@@ -66,13 +66,10 @@ def _sample(args: Namespace) -> int:
     model = load_model(checkpoint, torch.device("cpu"), mesh=Mesh(1, args.basis))
     if model.assumed is not None:
         print(f"note: {model.assumed}")
-    from_file = args.timesteps is not None and is_grid_file(args.timesteps)
-    grid = read_grid(Path(args.timesteps), model.schedule) if from_file else None
+    grid = grid_of(args.timesteps, model.schedule)
     settings = sampling_of(
-        model, solver=args.solver, nfe=args.nfe, timesteps=args.timesteps, options=options_of(args.option) or None
+        model, grid, solver=args.solver, nfe=args.nfe, timesteps=args.timesteps, options=options_of(args.option) or None
     )
-    if from_file and args.nfe is None:
-        settings = settings.model_copy(update={"nfe": None})
     sampler = build_sampler(settings, grid)
     if args.export is not None:
         _export(model, args.export)

@@ -27,6 +27,11 @@ def is_grid_file(name: str) -> bool:
     return Path(name).suffix in (".json", ".pt", ".pth")
 
 
+def grid_of(timesteps: str | None, schedule: Schedule) -> Grid | None:
+    """What ``--timesteps`` names: the grid in a file, None for the name of a grid; raises as ``read_grid``."""
+    return read_grid(Path(timesteps), schedule) if timesteps is not None and is_grid_file(timesteps) else None
+
+
 def read_grid(path: Path, schedule: Schedule) -> Grid:
     """A grid of N + 1 points from noise to data, both ends included.
 

@@ -50,13 +50,17 @@ def batches_of(seeds: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(seeds[start : start + batch_size]) for start in range(0, len(seeds), batch_size)]
 
 
-def sampling_of(model: Model, **chosen: Any) -> Sampling:
+def sampling_of(model: Model, grid: Grid | None = None, **chosen: Any) -> Sampling:
     """The model's own sampling settings with those that are not None put in their place; ``nfe`` replaces num_steps.
+
+    A ``grid`` from a file has its own number of steps, which the model's own ``nfe`` then gives way to.
 
     Raises:
         ConfigError: for a wrong value.
     """
     own = Sampling() if model.config is None else model.config.sampling
+    if grid is not None:
+        own = own.model_copy(update={"nfe": None})
     changes = [(f"sampling.{key}", value) for key, value in chosen.items() if value is not None]
     if "solver" in chosen and chosen["solver"] not in (None, own.solver) and not chosen.get("options"):
         changes.append(("sampling.options", {}))  # they were the other solver's

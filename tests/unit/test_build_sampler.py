@@ -260,6 +260,7 @@ def test_an_nfe_stands_in_for_the_models_number_of_steps(trained: Callable[..., 
     assert build_sampler(sampling_of(model, solver="dpm_solver_3", nfe=7)).nfe == 7
     assert build_sampler(sampling_of(trained(num_steps=5, nfe=8))).nfe == 8
     assert build_sampler(sampling_of(trained(num_steps=5, nfe=8), nfe=4)).nfe == 4
+    assert sampling_of(trained(num_steps=5, nfe=8), Grid([1.0, 0.5, 1e-3]), nfe=None).nfe is None
     with pytest.raises(ConfigError, match="sampling.nfe must be greater than 0, got 0"):
         sampling_of(model, nfe=0)
     with pytest.raises(ConfigError, match="unknown key sampling.sovler; did you mean sampling.solver"):
