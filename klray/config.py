@@ -19,7 +19,20 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 class _Yaml(yaml.SafeLoader):
-    """Scalars of YAML 1.2: 2e-4 is a number and off is a word, where YAML 1.1 reads a word and False."""
+    """Scalars of YAML 1.2: 2e-4 is a number and off is a word, where YAML 1.1 reads a word and False.
+
+    A key that is given twice is an error: one of its values would be dropped unseen.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused below
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.yaml_implicit_resolvers = {}
@@ -294,7 +307,7 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
     if path.suffix not in (".yaml", ".yml"):
         path = PRESETS / f"{name_or_path}.yaml"
         if not path.is_file():
-            raise ConfigError(f"unknown preset {name_or_path!r}{_nearest(name_or_path, preset_names())}")
+            raise ConfigError(f"unknown preset {name_or_path!r}{nearest(name_or_path, preset_names())}")
     try:
         tree = read_yaml(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
@@ -303,7 +316,7 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections (data, process, ...), got {type(tree).__name__}")
-    return override({"preset": path.stem, **tree}, [_parse(text) for text in overrides])
+    return override({"preset": path.stem, **tree}, [parse_override(text) for text in overrides])
 
 
 def override(tree: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> Config:
@@ -319,15 +332,16 @@ def override(tree: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> Con
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"unknown key {key}: {section} is not a section{_nearest(key, _known_keys())}")
+                raise ConfigError(f"unknown key {key}: {section} is not a section{nearest(key, _known_keys())}")
         node[leaf] = value
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error)) from error
 
 
-def _parse(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
+    """``a.b=value`` as a dotted key and its YAML value; raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set takes key=value, got {text!r}; for example optimizer.lr=2e-4")
@@ -341,21 +355,22 @@ def _known_keys() -> list[str]:
     return list(Config().flat())
 
 
-def _nearest(word: str, choices: Iterable[str]) -> str:
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """The end of a complaint about an unknown word: the choice that looks like it, or all of them."""
     choices = list(choices)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     known = "" if len(choices) > 20 else f"; known: {', '.join(choices)}"
     return f"{'; did you mean ' + close[0] + '?' if close else ''}{known}"
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """One line for the first thing that is wrong."""
     first = error.errors()[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(key, _known_keys() if '.' in key else Config.model_fields)}"
+        return f"unknown key {key}{nearest(key, _known_keys() if '.' in key else Config.model_fields)}"
     # A union reports every branch; the rule is what all of them allow.
     same = [e for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
     key = ".".join(str(part) for part in first["loc"][:2])

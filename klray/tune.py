@@ -69,11 +69,9 @@ def _run(args: Namespace, space: Space, name: str) -> int:
     from klray.cluster.study_results import collect, ranking, table, train_command, write_csv
     from klray.cluster.train_job import SharedImages
     from klray.cluster.tune_job import concurrency, run_study
-    from klray.tracking.mlflow_upload import Uploader, resolve_uri
-    from klray.tracking.records import RecordWriter
+    from klray.tracking.mlflow_upload import resolve_uri
+    from klray.tracking.parent_run import parent_run
     from klray.tracking.study_progress import StudyProgress
-    from klray.tracking.study_uploads import StudyUploads
-    from klray.tracking.train_run import git_commit, hardware
     from klray.training.data import images_of
     from klray.training.study_dir import open_study_folder
 
@@ -81,14 +79,10 @@ def _run(args: Namespace, space: Space, name: str) -> int:
     uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
     data = images_of(space.base.data)
     with ExitStack() as stack:
-        folder = stack.enter_context(open_study_folder(args.studies, name, space))
+        opened = open_study_folder(args.studies, name, space.describe(), space.differences, may_grow="trials")
+        folder = stack.enter_context(opened)
         print(f"study {name} in {folder}: {space.question}", flush=True)
-        tags = {"klray.kind": "study", "klray.git": git_commit(), "klray.hardware": hardware()}
-        stack.enter_context(Uploader(folder, uri, name, name, tags=tags))
-        writer = stack.enter_context(RecordWriter(folder))
-        writer.status("RUNNING")
-        writer.params(_params(space))
-        stack.enter_context(StudyUploads(folder, uri, name))
+        writer = stack.enter_context(parent_run(folder, uri, "study", _params(space)))
         connect()
         features = Features(*_features(space))
         progress = StudyProgress(space, lambda line: print(line, flush=True))

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import csv
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from klray.cluster.study_search import DIVERGED, open_study, trial_name
+from klray.comparison.curves import half_width
 from klray.space import Space
 from klray.tracking.records import history
 
 COSTS = ("images_seen", "network_evals", "seconds")
 COSTS = ("images_seen", "network_evals", "seconds")
-# Two-sided 95 % points of Student's t, by degrees of freedom.
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _row(space: Space, folder: Path, trial: FrozenTrial) -> TrialRow:
         state=_state(trial),
         chosen=trial.user_attrs["chosen"],
         values=values,
-        half_widths=[_half_width(list(of_seeds)) for of_seeds in zip(*per_seed, strict=True)],
+        half_widths=[half_width(of_seeds) for of_seeds in zip(*per_seed, strict=True)],
         used=used,
         curves=curves,
     )
@@ -123,12 +121,6 @@ def _state(trial: FrozenTrial) -> str:
         return "diverged"
     names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
     return names.get(trial.state, "running")
-
-
-def _half_width(values: list[float]) -> float | None:
-    if len(values) < 2 or not all(math.isfinite(value) for value in values):
-        return None
-    return STUDENT.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from klray.cluster.connect import cluster_size, cpu_share
-from klray.config import Config, override
+from klray.config import Config
 from klray.errors import RunError, UserError
 from klray.tracking.records import RecordWriter
 from klray.tracking.train_run import train_and_record
@@ -80,13 +81,12 @@ def run_on_ray(
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "data": images.arrays,
-            "fingerprint": images.fingerprint,
+            "config": config,
+            "images": images,
             "mesh_shape": mesh_shape,
-            "run_dir": str(run_dir),
-            "provenance": provenance,
             "threads": max(1, int(share)),
+            "run_dir": run_dir,
+            "provenance": provenance,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": share}),
@@ -111,28 +111,59 @@ def run_on_ray(
         raise (DivergedError if outcome["diverged"] else TrainingError)(outcome["error"])
 
 
-def _worker(settings: dict[str, Any]) -> dict[str, Any]:
-    torch.set_num_threads(settings["threads"])
-    arrays = ray.get(settings["data"])
+def runs_at_once(workers: int, budget_unit: str) -> int:
+    """How many runs of so many workers fit beside each other; one without GPUs where the budget is in seconds, as
+    runs that share cores would take each other's.
+
+    Raises:
+        WorkersError: where none does.
+    """
+    cpus, gpus = cluster_size()
+    if gpus:
+        fit, what = gpus // workers, f"GPUs, {gpus}"
+    else:
+        fit, what = max(cpus // workers, int(workers <= 2 * cpus)), f"CPUs, {cpus}"
+    if fit < 1:
+        raise WorkersError(f"--workers must be at most the cluster's {what}, got {workers}")
+    return 1 if budget_unit == "seconds" and not gpus else fit
+
+
+def train_in_worker(
+    config: Config,
+    images: SharedImages,
+    *,
+    mesh_shape: tuple[int, int],
+    device: torch.device,
+    threads: int,
+    run_dir: Path,
+    provenance: dict[str, Any],
+    on_validation: Callable[[dict[str, float]], None],
+) -> dict[str, Any]:
+    """Trains in this process. Returns {}, or {"error", "diverged"} for what every rank and every restart would meet."""
+    torch.set_num_threads(threads)
+    arrays = ray.get(images.arrays)
+
+    def report(metrics: dict[str, float]) -> None:
+        if "val/eps_mse" in metrics:
+            on_validation({**metrics, "budget_percent": round(100 * metrics["budget_used"])})
+
     try:
         train_and_record(
-            override(settings["config"], ()),
-            ImageData(arrays["train"], arrays["held_out"], settings["fingerprint"]),
-            mesh_shape=settings["mesh_shape"],
-            device=get_device(),
-            run_dir=Path(settings["run_dir"]),
-            provenance=settings["provenance"],
-            on_metrics=_report_to_ray,
+            config,
+            ImageData(arrays["train"], arrays["held_out"], images.fingerprint),
+            mesh_shape=mesh_shape,
+            device=device,
+            run_dir=run_dir,
+            provenance=provenance,
+            on_metrics=report,
         )
     except (UserError, RunError) as error:
-        # Every rank raises the same one, and so would every restart: it is handed to the driver instead.
         return {"error": str(error), "diverged": isinstance(error, NonFiniteError)}
     return {}
 
 
-def _report_to_ray(metrics: dict[str, float]) -> None:
-    if "val/eps_mse" in metrics:
-        ray.train.report({**metrics, "budget_percent": round(100 * metrics["budget_used"])})
+def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+    return train_in_worker(device=get_device(), on_validation=ray.train.report, **settings)
 
 
 def _record(run_dir: Path, status: str) -> None:

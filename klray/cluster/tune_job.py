@@ -16,11 +16,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from klray.build import build_process, build_sampler
-from klray.cluster.connect import cluster_size, cpu_share
+from klray.cluster.connect import cpu_share
 from klray.cluster.evaluate_job import Features
 from klray.cluster.study_scores import score_run, study_reference
 from klray.cluster.study_search import ERROR, FINISHED, PERCENT, StudySearch, trial_name
-from klray.cluster.train_job import DivergedError, SharedImages, WorkersError, run_on_ray
+from klray.cluster.train_job import DivergedError, SharedImages, run_on_ray, runs_at_once
 from klray.config import Config
 from klray.errors import RunError, UserError
 from klray.parallel.mesh import resolve_mesh
@@ -108,15 +108,7 @@ def concurrency(space: Space, workers: int) -> int:
     Raises:
         WorkersError: where none does.
     """
-    cpus, gpus = cluster_size()
-    if gpus:
-        fit, what = gpus // workers, f"GPUs, {gpus}"
-    else:
-        fit, what = max(cpus // workers, int(workers <= 2 * cpus)), f"CPUs, {cpus}"
-    if fit < 1:
-        raise WorkersError(f"--workers must be at most the cluster's {what}, got {workers}")
-    if space.budget.unit == "seconds" and not gpus:
-        fit = 1  # trials that share cores would take each other's seconds
+    fit = runs_at_once(workers, space.budget.unit)
     return min(fit, space.concurrency or fit, space.trials)
 
 

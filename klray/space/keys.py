@@ -9,7 +9,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from klray.config import Config, ConfigError, _explain, _nearest
+from klray.config import Config, ConfigError, explain, nearest
 
 _OF_THE_STUDY = {"seed": "seeds", "budget": "budget", "preset": "config"}
 # Trials are compared by what they reach on the same held-out images, measured alike.
@@ -36,7 +36,7 @@ def check_keys(keys: Iterable[str], parameters: bool) -> None:
         if section in _OF_THE_STUDY:
             raise ConfigError(f"{key} is not for set or parameters; the study's {_OF_THE_STUDY[section]} gives it")
         if _field(key) is None:
-            raise ConfigError(f"unknown key {key}{_nearest(key, Config().flat())}")
+            raise ConfigError(f"unknown key {key}{nearest(key, Config().flat())}")
         if parameters and section in _YARDSTICKS and key not in _NO_YARDSTICK:
             raise ConfigError(f"{key} cannot vary: all trials must be measured alike; fix it in set")
 
@@ -57,7 +57,7 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
     try:
         return _Fields.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error)) from error
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PositiveInt, field_validator, model_validator
 
-from klray.config import _nearest
+from klray.config import nearest
 from klray.space.expressions import Expression, Values
 
 SCORES = ("kid", "fid")
@@ -202,7 +202,7 @@ class Objective(Part):
                 "take val/eps_mse"
             )
         if metric not in METRICS and not metric.startswith(tuple(f"eval/{score}_" for score in SCORES)):
-            raise ValueError(f"must be a known metric, got {metric}{_nearest(metric, METRICS)}, eval/kid_*, eval/fid_*")
+            raise ValueError(f"must be a known metric, got {metric}{nearest(metric, METRICS)}, eval/kid_*, eval/fid_*")
         return metric
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from klray.config import ConfigError, _nearest, _parse, flatten, load_config, read_yaml
+from klray.config import ConfigError, flatten, load_config, nearest, parse_override, read_yaml
 from klray.space.keys import check_keys, with_changes
 from klray.space.parts import (
     TYPES,
@@ -45,7 +45,7 @@ def load_space(path: Path, overrides: Iterable[str] = ()) -> Space:
     tree = _read(path)
     try:
         for text in overrides:
-            _override(tree, *_parse(text))
+            _override(tree, *parse_override(text))
         space = _space(path, tree)
         _check_references(space)
         _check_study(space)
@@ -60,7 +60,7 @@ def _read(path: Path) -> dict[str, Any]:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         others = [] if path.exists() else sorted(p.name for p in path.parent.glob("*.yaml"))
-        near = _nearest(path.name, others) if others else ""
+        near = nearest(path.name, others) if others else ""
         raise ConfigError(f"cannot read the space {path}: {getattr(error, 'strerror', error)}{near}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -132,7 +132,7 @@ def _parameter(name: str, entry: Any) -> Parameter:
     if "type" not in entry:
         raise ConfigError(f"{where} needs type ({known}) or derive, got {', '.join(map(str, entry)) or 'nothing'}")
     if (kind := str(entry["type"])) not in TYPES:
-        raise ConfigError(f"{where}.type must be one of {known}, got {kind!r}{_nearest(kind, TYPES)}")
+        raise ConfigError(f"{where}.type must be one of {known}, got {kind!r}{nearest(kind, TYPES)}")
     return _part(TYPES[kind], entry, where)
 
 
@@ -147,7 +147,7 @@ def _part(model: type[AnyPart], tree: Any, where: str = "") -> AnyPart:
         first = error.errors()[0]
         key = prefix + ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            reason = f"unknown key {key}{_nearest(str(first['loc'][-1]), model.model_fields)}"
+            reason = f"unknown key {key}{nearest(str(first['loc'][-1]), model.model_fields)}"
         elif first["type"] == "missing":
             reason = f"{key} is missing"
         elif first["type"] == "too_short":
@@ -168,7 +168,7 @@ def _check_references(space: Space) -> None:
                 what = "itself" if used == name else f"{used}, which comes later; put it below that"
                 raise ConfigError(f"parameters.{name} refers to {what}")
             if used not in fixed and used not in names:
-                raise ConfigError(f"parameters.{name}: unknown name {used}{_nearest(used, fixed)}")
+                raise ConfigError(f"parameters.{name}: unknown name {used}{nearest(used, fixed)}")
 
 
 def _check_study(space: Space) -> None:

@@ -20,6 +20,7 @@ LAYERS = [
     ["space"],
     ["build"],
     ["training", "discretize", "metrics"],
+    ["comparison"],
     ["tracking"],
     ["cluster"],
     ["train", "tune", "ld3", "sample", "evaluate", "compare", "check", "upload"],

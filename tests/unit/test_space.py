@@ -95,6 +95,7 @@ def only(**parameters: Any) -> tuple[tuple[str, ...], Any]:
 
 BAD: list[Bad] = [
     ("{", "is not valid YAML: while parsing a flow node"),
+    ("trials: 1\ntrials: 2", "trials is given twice"),
     ("- 1", "must hold config, parameters, budget, ..., got list"),
     ("", "must hold config, parameters, budget, ..., got NoneType"),
     ((("trial",), 3), "unknown key trial; did you mean trials?"),

@@ -1,0 +1,1 @@
+"""Comparing ways to train: what an arm is, what quality cost it, and which differences count."""

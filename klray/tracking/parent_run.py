@@ -1,0 +1,36 @@
+"""The run above other runs: a study's or a comparison's own, with its children's records sent beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from klray.tracking.mlflow_upload import Uploader
+from klray.tracking.records import RecordWriter
+from klray.tracking.study_uploads import StudyUploads
+from klray.tracking.train_run import git_commit, hardware
+
+
+@contextmanager
+def parent_run(folder: Path, uri: str | None, kind: str, params: dict[str, Any]) -> Iterator[RecordWriter]:
+    """Opens the run of FOLDER in the MLflow experiment of its name; runs in FOLDER/trials are nested in it.
+
+    Args:
+        uri: of MLflow; None for none: records are kept in the folder.
+        kind: the tag ``klray.kind``: study or comparison.
+        params: of the parent.
+    """
+    with ExitStack() as stack:
+        tags = {"klray.kind": kind, "klray.git": git_commit(), "klray.hardware": hardware()}
+        stack.enter_context(Uploader(folder, uri, folder.name, folder.name, tags=tags))
+        writer = stack.enter_context(RecordWriter(folder))
+        writer.status("RUNNING")
+        writer.params(params)
+        stack.enter_context(StudyUploads(folder, uri, folder.name))
+        try:
+            yield writer
+        except BaseException as error:
+            writer.status("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
