@@ -42,11 +42,12 @@ def _train(args: Namespace) -> int:
     from klray.build import build_sampler
     from klray.config import load_config
     from klray.parallel.mesh import resolve_mesh
+    from klray.training.initialise import checked_start
 
     seed = [] if args.seed is None else [f"seed={args.seed}"]
     config = load_config(args.config, [*args.set, *seed])
     build_sampler(config.sampling)
-    config = _checked_start(config)
+    config = checked_start(config)
     data_size, basis_size = resolve_mesh(
         _workers(args),
         data=config.mesh.data,
@@ -66,20 +67,6 @@ def _train(args: Namespace) -> int:
             _in_process(config, data, (data_size, basis_size), run_dir, {})
         return 0
     return _drive(args, config, name, (data_size, basis_size), data)
-
-
-def _checked_start(config: Config) -> Config:
-    """A baseline to start from is tried before any worker starts, and named by a path that workers understand."""
-    if config.network.init_from is None:
-        return config
-    from klray.build import build_network
-    from klray.config import override
-    from klray.training.initialise import initialise
-
-    changes = [("network.init_from", str(Path(config.network.init_from).resolve()))]
-    config = override(config.model_dump(mode="json"), changes)
-    initialise(config, build_network(config), warn=lambda text: None)
-    return config
 
 
 def _workers(args: Namespace) -> int:

@@ -21,6 +21,12 @@ def parse(argv: list[str] | None) -> Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override the file: trials=4, budget.amount=1e5"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes of one trial (default 1)")
+    parser.add_argument(
+        "--trial-runner",
+        choices=("train", "inline"),
+        default="train",
+        help="a trial's run on Ray Train, or, for tiny ones, in the trial's own process",
+    )
     parser.add_argument("--name", help="the study's name (default: the file's name + hash of the space)")
     parser.add_argument("--studies", type=Path, default=Path("studies"), help="the folder that holds studies' folders")
     parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is; off for none")
@@ -35,19 +41,46 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tune(args: Namespace) -> int:
-    from klray.build import build_sampler
-    from klray.config import ConfigError
     from klray.space import load_space
 
     space = load_space(args.space, args.set)
-    if args.workers < 1:
-        raise ConfigError(f"--workers must be >= 1, got {args.workers}")
-    for setting in space.corners():
-        build_sampler(space.config(setting).sampling)
+    _check(space, args)
     name = args.name or f"{args.space.stem}-{space.fingerprint()[:8]}"
     if args.dry_run:
         return _dry_run(space, name)
     return _run(args, space, name)
+
+
+def _check(space: Space, args: Namespace) -> None:
+    """What trials would otherwise fail by, tried on settings at the edges of the space."""
+    from klray.build import build_sampler
+    from klray.config import ConfigError
+    from klray.parallel.mesh import resolve_mesh
+    from klray.space.space import in_words
+    from klray.training.initialise import checked_start
+
+    if args.workers < 1:
+        raise ConfigError(f"--workers must be >= 1, got {args.workers}")
+    if args.trial_runner == "inline" and args.workers != 1:
+        raise ConfigError(f"--trial-runner inline trains in the trial's own process, got --workers {args.workers}")
+    tried = set()
+    for setting in space.corners():
+        config = space.config(setting)
+        try:
+            build_sampler(config.sampling)
+            resolve_mesh(
+                args.workers,
+                data=config.mesh.data,
+                basis=config.mesh.basis,
+                terms_per_step=config.evals_per_image,
+                batch_size=config.optimizer.batch_size,
+            )
+            start = (config.network.model_dump_json(), config.process.num_terms, config.loss.prediction)
+            if start not in tried:
+                tried.add(start)
+                checked_start(config)
+        except ValueError as error:
+            raise ConfigError(f"{args.space} with {in_words(setting)}: {error}") from error
 
 
 def _dry_run(space: Space, name: str) -> int:
@@ -93,6 +126,7 @@ def _run(args: Namespace, space: Space, name: str) -> int:
             folder,
             SharedImages.of(data),
             workers=args.workers,
+            inline=args.trial_runner == "inline",
             features=features,
             details=details,
             watch=progress,

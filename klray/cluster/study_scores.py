@@ -14,7 +14,8 @@ from klray.config import Config
 from klray.metrics.reference import Reference, load_reference
 from klray.metrics.scores import metric_name
 from klray.tracking.records import RecordWriter, history
-from klray.training.sampling import Drawing
+from klray.tracking.study_uploads import EVALUATION
+from klray.training.sampling import Drawing, image_grid
 
 
 def study_reference(config: Config, images: SharedImages, features: Features, workers: int = 1) -> Reference:
@@ -54,6 +55,14 @@ def score_run(
     )
     step = int(kept["images_seen"][-1][1])
     named = {metric_name(s, count, features.name, settings.reference): value for s, value in measured.scores.items()}
-    with RecordWriter(run_dir) as writer:
-        writer.metrics(step, {**named, "nfe": build_sampler(config.sampling).nfe})
+    values = {**named, "nfe": build_sampler(config.sampling).nfe}
+    with RecordWriter(run_dir / EVALUATION) as writer:  # a run of its own below the trial's
+        writer.tags({"klray.kind": "evaluation"})
+        writer.params({key: v for key, v in config.flat().items() if key.startswith(("sampling.", "evaluation."))})
+        writer.params({"evaluation.features": features.name})
+        writer.metrics(step, values)
+        writer.image("samples", image_grid(measured.images), step)
+        writer.status("FINISHED")
+    with RecordWriter(run_dir) as writer:  # and among the trial's own, so that trials can be compared by it
+        writer.metrics(step, values)
     return measured.scores

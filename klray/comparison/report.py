@@ -132,7 +132,7 @@ def _notes(results: Sequence[ArmResult], comparisons: int) -> list[str]:
         f"- Learning rates were tuned on a seed of their own, for the whole budget of {budget.amount:g} {budget.unit}; "
         "on the other axes arms are compared at points of their training that they were not tuned for.",
         "- Intervals are over seeds (Welch's t; bootstrap for costs, coarse for few seeds). "
-        f"Of {comparisons} comparisons at 95 %, about {0.05 * comparisons:.1g} would be called ahead or behind by chance.",
+        f"Of {comparisons} comparisons, chance alone would call about {0.05 * comparisons:.1g} ahead or behind.",
         "- Seconds are training seconds of runs side by side on the same kind of worker.",
     ]
     return ["\n".join(lines)]

@@ -1,4 +1,4 @@
-"""Sends the runs of a study's trials to MLflow while they go on, each nested in the study's own run."""
+"""Sends the runs of a study's trials to MLflow while they go on, nested in the study's own, evaluations in theirs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from klray.tracking.mlflow_client import brief
 from klray.tracking.mlflow_send import Sender
 from klray.tracking.records import RECORDS_FILE
 from klray.tracking.state import UploadState, redact
+
+EVALUATION = "evaluation"  # the folder of a trial's own evaluation
 
 logger = logging.getLogger("klray.tracking")
 
@@ -52,7 +54,11 @@ class StudyUploads:
         self._round()
 
     def _round(self) -> None:
-        for file in sorted(self.folder.glob(f"trials/*/{RECORDS_FILE}")):
+        files = [
+            *self.folder.glob(f"trials/*/{RECORDS_FILE}"),
+            *self.folder.glob(f"trials/*/{EVALUATION}/{RECORDS_FILE}"),
+        ]
+        for file in sorted(files, key=lambda file: (len(file.parts), file)):  # a parent's run before its children's
             run_dir, size = file.parent, file.stat().st_size
             if self._sizes.get(run_dir) == size:
                 continue
@@ -68,7 +74,10 @@ class StudyUploads:
 
     def _sender(self, run_dir: Path) -> Sender:
         if run_dir not in self._senders:
-            state = UploadState(str(self.uri), self.experiment, run_dir.name, parent_dir="../..").continued(run_dir)
+            name, parent = run_dir.name, "../.."
+            if name == EVALUATION:
+                name, parent = f"{run_dir.parent.name}-{EVALUATION}", ".."
+            state = UploadState(str(self.uri), self.experiment, name, parent_dir=parent).continued(run_dir)
             state.save(run_dir)
             self._senders[run_dir] = Sender(run_dir, state)
         return self._senders[run_dir]

@@ -9,7 +9,8 @@ from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from klray.config import Config, ConfigError
+from klray.build import build_network
+from klray.config import Config, ConfigError, override
 from klray.errors import UserError
 from klray.networks.terms import TermNetwork
 from klray.networks.weights import start_from_baseline
@@ -33,6 +34,20 @@ def initialise(config: Config, network: TermNetwork, warn: Callable[[str], None]
     if not exact:
         what = f"loss.prediction {config.loss.prediction}, network.term_input {config.network.term_input}"
         warn(f"network.init_from: with {what} the start only approximates the baseline")
+
+
+def checked_start(config: Config) -> Config:
+    """The configuration with ``network.init_from``, if any, as a path that every worker understands, and tried out.
+
+    Raises:
+        UserError: as ``initialise``.
+    """
+    if config.network.init_from is None:
+        return config
+    changes = [("network.init_from", str(Path(config.network.init_from).resolve()))]
+    config = override(config.model_dump(mode="json"), changes)
+    initialise(config, build_network(config), warn=lambda text: None)
+    return config
 
 
 def _baseline(path: Path) -> dict[str, Tensor]:
