@@ -11,6 +11,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # of CSV, JSON and TensorBoard: a run keeps its own records
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables; a study shows its own
     "RAY_worker_niceness": "0",  # at the default of 15 any other process starves training, whose seconds are measured
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

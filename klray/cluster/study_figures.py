@@ -35,7 +35,8 @@ def draw_figures(space: Space, folder: Path, rows: Sequence[TrialRow]) -> list[P
         names = [objective.metric for objective in space.objectives]
         drawings["pareto_front"] = lambda: plots.plot_pareto_front(study, target_names=names)
     written = []
-    for name, draw in drawings.items():
+    complete = any(row.state == "complete" for row in rows)
+    for name, draw in drawings.items() if complete else ():
         path = target / f"{name}.png"
         if _optuna_figure(draw, path):
             written.append(path)

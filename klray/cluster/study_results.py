@@ -73,12 +73,11 @@ def write_csv(space: Space, rows: Sequence[TrialRow], path: Path) -> None:
 
 def table(space: Space, rows: Sequence[TrialRow]) -> str:
     """The rows as text, one line each."""
-    shown = [key for key in space.parameters if not key.startswith(("validation.", "tracking.", "checkpoint."))]
-    header = ["trial", "state", *(key.rpartition(".")[2] for key in shown), *(o.metric for o in space.objectives)]
+    header = ["trial", "state", *(key.rpartition(".")[2] for key in space.shown), *(o.metric for o in space.objectives)]
     header += ["budget", "images", "network evals", "seconds"]
     lines = [header]
     for row in rows:
-        line = [str(row.number), row.state, *(_short(row.chosen.get(key)) for key in shown)]
+        line = [str(row.number), row.state, *(_short(row.chosen.get(key)) for key in space.shown)]
         for index in range(len(space.objectives)):
             half = row.half_widths[index] if index < len(row.half_widths) else None
             value = f"{row.values[index]:.5g}" if index < len(row.values) else ""

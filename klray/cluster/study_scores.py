@@ -28,9 +28,12 @@ def study_reference(config: Config, images: SharedImages, features: Features, wo
 
 
 def score_run(
-    config: Config, run_dir: Path, images: SharedImages, features: Features, cpus_per_worker: float
+    config: Config, run_dir: Path, images: SharedImages, features: Features, cpus_per_worker: float | None
 ) -> dict[str, float]:
     """Scores a finished run by its own evaluation.* and sampling.*, once: later calls read them from its records.
+
+    Args:
+        cpus_per_worker: of a worker on Ray that draws the images; None: this process draws them.
 
     Returns:
         the scores by their short names: kid, fid, ...

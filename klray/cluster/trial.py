@@ -48,7 +48,8 @@ def objective_value(objective: Objective, config: Config, run_dir: Path, plan: P
         calls = 1 if config.network.architecture == "wide" else build_process(config).num_terms
         return float(build_sampler(config.sampling).nfe * calls)
     if objective.score is not None:
-        return score_run(config, run_dir, plan.images, plan.features, plan.cpus_per_worker)[objective.score]
+        cpus = None if plan.inline else plan.cpus_per_worker
+        return score_run(config, run_dir, plan.images, plan.features, cpus)[objective.score]
     return history(run_dir)[objective.metric][-1][1]
 
 

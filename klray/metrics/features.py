@@ -14,12 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3  # type: ignore[import-untyped]
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # type: ignore[import-untyped]
-from torch_fidelity.utils import (  # type: ignore[import-untyped]
-    create_feature_extractor,
-    resolve_feature_layer_for_metric,
-)
 
 from klray.errors import UserError
 
@@ -130,8 +124,12 @@ def find_extractor(asked: str | None, inception_weights: Path | None = None) -> 
 
 
 def _known(name: str) -> str:
+    if name in (INCEPTION, EFFICIENTNET):
+        return name
     if name == _FIDELITY_INCEPTION:
         return INCEPTION
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # type: ignore[import-untyped]
+
     names = [INCEPTION, EFFICIENTNET, *(known for known in FEATURE_EXTRACTORS_REGISTRY if known != _FIDELITY_INCEPTION)]
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
@@ -140,6 +138,11 @@ def _known(name: str) -> str:
 
 
 def _registered(name: str, device: torch.device, **options: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+    from torch_fidelity.utils import (  # type: ignore[import-untyped]
+        create_feature_extractor,
+        resolve_feature_layer_for_metric,
+    )
+
     layers = {"features": resolve_feature_layer_for_metric("fid", feature_extractor=name)}
     with suppress(KeyError, NotImplementedError):  # how extractors say that they have no such layer
         layers["logits"] = resolve_feature_layer_for_metric("isc", feature_extractor=name)
@@ -189,21 +192,23 @@ def _efficientnet_weights() -> dict[str, Tensor]:
 def _inception_file(given: Path | None) -> Path:
     path = given
     if path is None:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3  # type: ignore[import-untyped]
+
         path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
         if not path.exists():
-            _download_inception(path)
+            _download_inception(URL_INCEPTION_V3, path)
     # torch-fidelity opens the file as a full pickle, which runs whatever it holds.
     _load_checked(path, INCEPTION_SHA256_PREFIX, _WAYS_OUT if given else f"remove it, {_WAYS_OUT}")
     return path
 
 
-def _download_inception(path: Path) -> None:
+def _download_inception(url: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _socket_timeout():
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256_PREFIX, progress=False)
+            torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256_PREFIX, progress=False)
     except Exception as error:  # no network, a proxy's page in place of the file, no room on the disk
-        reason = f"the Inception weights cannot be downloaded from {URL_INCEPTION_V3} ({_one_line(error)})"
+        reason = f"the Inception weights cannot be downloaded from {url} ({_one_line(error)})"
         raise _DownloadError(f"{reason}; {_WAYS_OUT}") from error
 
 

@@ -7,10 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_statistics_to_metric  # type: ignore[import-untyped]
-from torch_fidelity.metric_isc import isc_features_to_metric  # type: ignore[import-untyped]
-from torch_fidelity.metric_kid import kid_features_to_metric  # type: ignore[import-untyped]
-from torch_fidelity.metric_prc import prc_features_to_metric  # type: ignore[import-untyped]
 
 from klray.errors import UserError
 from klray.metrics.reference import Reference
@@ -90,6 +86,8 @@ def fid(a: Moments, b: Moments) -> float:
         UserError: for fewer than 2 images.
     """
     first, second = ({"mu": moments.mean, "sigma": moments.covariance} for moments in (a, b))
+    from torch_fidelity.metric_fid import fid_statistics_to_metric  # type: ignore[import-untyped]
+
     return float(fid_statistics_to_metric(first, second, verbose=False)["frechet_inception_distance"])
 
 
@@ -110,6 +108,8 @@ def kid(
     if not 2 <= size <= fewest:
         raise UserError(f"kid compares subsets of 2 images at least and {fewest} (all there are) at most, got {size}")
     options = {"kid_subsets": subsets, "kid_subset_size": size, "rng_seed": seed, "verbose": False}
+    from torch_fidelity.metric_kid import kid_features_to_metric  # type: ignore[import-untyped]
+
     found = kid_features_to_metric(features, reference, **options)
     return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
 
@@ -122,6 +122,8 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """
     if len(logits) < splits:
         raise UserError(f"is splits the images into {splits} parts, got {len(logits)} images; draw more")
+    from torch_fidelity.metric_isc import isc_features_to_metric  # type: ignore[import-untyped]
+
     found = isc_features_to_metric(logits, splits)
     return found["inception_score_mean"], found["inception_score_std"]
 
@@ -138,5 +140,7 @@ def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]
     if fewest <= NEIGHBORHOOD:
         raise UserError(f"pr needs more than {NEIGHBORHOOD} images on both sides, got {fewest}")
     options = {"prc_neighborhood": NEIGHBORHOOD, "prc_batch_size": 2000, "save_cpu_ram": True, "verbose": False}
+    from torch_fidelity.metric_prc import prc_features_to_metric  # type: ignore[import-untyped]
+
     found = prc_features_to_metric(features, reference, **options)
     return found["precision"], found["recall"]

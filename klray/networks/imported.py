@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -83,6 +82,8 @@ def load_imported(folder: Path) -> ImportedModel:
         )
     # The noise levels and the meaning of the output are the model's; which of its schedulers read them is not.
     try:
+        from diffusers import DDPMScheduler
+
         scheduler = DDPMScheduler.from_config(settings)
         schedule = VPDiscrete(scheduler.alphas_cumprod)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -116,6 +117,8 @@ def _network(folder: Path) -> Any:
     if not weight_files(folder):
         raise ValueError(f"{folder} holds no weights (diffusion_pytorch_model.safetensors)")
     try:
+        from diffusers import UNet2DModel
+
         network, info = UNet2DModel.from_pretrained(
             folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )

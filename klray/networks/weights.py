@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from klray.core.karhunen_loeve import KarhunenLoeve
@@ -88,6 +87,8 @@ def save_pipeline(
     Raises:
         ValueError: for a network that does not fold, is no U-Net, or whose process is not variance preserving.
     """
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
     schedule = getattr(process, "schedule", process)
     for candidate in (process, schedule):
         if isinstance(candidate, KarhunenLoeve) and candidate.marginal != "matched":

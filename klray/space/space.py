@@ -31,6 +31,7 @@ from klray.space.parts import (
 MOST_CORNERS = 4096
 _MOST_VALUES = 64  # tried of a stepped parameter that others refer to; of another one its ends and middle
 _NOT_COMPARED = ("question", "config", "set", "trials", "concurrency")  # config and set show in base
+_HIDDEN = ("validation.", "tracking.", "checkpoint.", "optimizer.warmup_images")
 _MOST_SUGGESTED = 1000  # up to where values are looked for that would make a derived value whole
 
 Pick = Callable[[str, Domain], Iterable[Any]]
@@ -90,6 +91,11 @@ class Space:
             ConfigError: where the setting breaks a rule.
         """
         return override(self._tree, [*chosen.items(), ("seed", seed)])
+
+    @property
+    def shown(self) -> list[str]:
+        """The parameters that tables show: all but those that only say when to look, or how long to warm up."""
+        return [key for key in self.parameters if not key.startswith(_HIDDEN)]
 
     def grid(self) -> list[dict[str, Any]]:
         """Every setting once.

@@ -48,7 +48,7 @@ class StudyProgress:
         parts = [
             f"{key.rpartition('.')[2]} {value:.3g}" if isinstance(value, float) else f"{key.rpartition('.')[2]} {value}"
             for key, value in chosen.items()
-            if not key.startswith(("validation.", "tracking.", "checkpoint."))
+            if key in self.space.shown
         ]
         return ", ".join(parts)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -53,6 +52,8 @@ def checked_start(config: Config) -> Config:
 def _baseline(path: Path) -> dict[str, Tensor]:
     for folder in (path / "unet", path):
         if (folder / "diffusion_pytorch_model.safetensors").is_file():
+            from diffusers import UNet2DModel
+
             try:
                 return UNet2DModel.from_pretrained(folder, use_safetensors=True).state_dict()
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ from optuna.trial import TrialState
 
 from klray import tune
 from klray.cluster.study_search import DIVERGED, FINISHED, PERCENT, StudySearch, open_study
+from klray.config import Config
 from klray.space import load_space
-from klray.tracking.records import history
+from klray.tracking.records import history, read_records
 
+KID = "eval/kid_64.efficientnet_lite0.train"
 TINY = {
     "network.kind": "mlp",
     "network.width": 16,
@@ -57,25 +62,20 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_study_with_a_failing_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two workers along the basis axis do not fit one: those trials fail, the others are compared at equal cost."""
-    parameters = {
-        "process.num_terms": {"type": "categorical", "choices": [2, 4]},
-        "mesh.basis": {"type": "categorical", "choices": [1, 2]},
-    }
-    file = space_file(tmp_path, parameters=parameters, trials=4, seeds=2)
+def test_a_study_with_a_failing_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trial whose folder holds another run fails with its reason; the others are compared at equal cost."""
+    parameters = {"process.num_terms": {"type": "categorical", "choices": [2, 3, 4]}}
+    file = space_file(tmp_path, parameters=parameters, trials=3, seeds=2)
+    folder = tmp_path / "studies" / "study"
+    taken = folder / "trials" / "0001-seed0"
+    taken.mkdir(parents=True)
+    (taken / "run.json").write_text(json.dumps({"config": Config().model_dump(mode="json")}))
     assert tune.main(["--space", str(file), "--name", "study", "--tracking-uri", "sqlite:///mlflow.db"]) == 1
     printed = capsys.readouterr().out
-    folder = tmp_path / "studies" / "study"
-    states = {
-        (t.user_attrs["chosen"]["process.num_terms"], t.user_attrs["chosen"]["mesh.basis"]): t.state
-        for t in trials_of(folder)
-    }
-    assert states == {
-        (2, 1): TrialState.COMPLETE, (4, 1): TrialState.COMPLETE, (2, 2): TrialState.FAIL, (4, 2): TrialState.FAIL,
-    }  # fmt: skip
-    assert "2 trials failed" in printed
-    assert "mesh.basis must divide the number of workers, 1, got 2" in printed
+    states = {t.user_attrs["chosen"]["process.num_terms"]: t.state for t in trials_of(folder)}
+    assert states == {2: TrialState.COMPLETE, 3: TrialState.FAIL, 4: TrialState.COMPLETE}
+    assert "1 trials failed" in printed
+    assert "run 0001-seed0 exists with another configuration" in printed
     assert "python -m klray.train" in printed
     with (folder / "results.csv").open() as table:
         rows = list(csv.DictReader(table))
@@ -126,6 +126,108 @@ def test_a_bad_setting_is_pruned_and_frees_its_workers(tmp_path: Path) -> None:
             return
         time.sleep(0.5)
     pytest.fail(f"workers are still held: {ray.available_resources()}")
+
+
+def test_a_killed_driver_loses_no_trial_and_repeats_none(tmp_path: Path) -> None:
+    lr = {"optimizer.lr": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}}
+    file = space_file(
+        tmp_path,
+        set={**TINY, "validation.every_images": 8000, "checkpoint.every_images": 4000},
+        parameters=lr,
+        budget={"unit": "images", "amount": 48000},
+        sampler="random",
+        trials=3,
+        concurrency=1,
+    )
+    command = [sys.executable, "-m", "klray.tune", "--space", str(file), "--name", "study", "--tracking-uri", "off"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    folder = tmp_path / "studies" / "study"
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while not any(folder.glob("trials/0001/checkpoints/checkpoint_*/manifest.json")):
+            assert first.poll() is None, "the study ended before its second trial was under way"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()
+    before = trials_of(folder)
+    assert [t.state for t in before] == [TrialState.COMPLETE, TrialState.RUNNING]
+    kept = (folder / "trials" / "0000" / "records.jsonl").read_bytes()
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stdout + again.stderr
+    after = trials_of(folder)
+    assert [t.state for t in after] == [TrialState.COMPLETE] * 3
+    assert [t.user_attrs["chosen"] for t in after[:2]] == [t.user_attrs["chosen"] for t in before]
+    assert (folder / "trials" / "0000" / "records.jsonl").read_bytes() == kept  # not run again
+    for number in range(3):
+        records = [record for record, _ in read_records(folder / "trials" / f"{number:04d}")]
+        assert [r["status"] for r in records if r["kind"] == "status"].count("FINISHED") == 1
+        assert history(folder / "trials" / f"{number:04d}")["images_seen"][-1][1] == 48000
+    assert len(list((folder / "trials").iterdir())) == 3
+
+
+def test_scores_and_costs_as_two_objectives(tmp_path: Path) -> None:
+    """N * M = 8 in every trial; the front is drawn; a trial's evaluation is a run below it."""
+    parameters = {
+        "process.num_terms": {"type": "categorical", "choices": [1, 2]},
+        "process.time_grid": {"derive": "8 / process.num_terms"},
+        "sampling.num_steps": {"type": "categorical", "choices": [2, 3]},
+    }
+    objectives = [
+        {"metric": "kid", "direction": "minimize"},
+        {"metric": "network_evals_per_image", "direction": "minimize"},
+    ]
+    settings = {key: value for key, value in TINY.items() if key != "sampling.num_steps"}
+    settings |= {"evaluation.num_samples": 64, "evaluation.features": "efficientnet_lite0"}
+    file = space_file(tmp_path, set=settings, parameters=parameters, objectives=objectives, trials=4)
+    arguments = ["--space", str(file), "--name", "study", "--trial-runner", "inline"]
+    assert tune.main([*arguments, "--tracking-uri", "sqlite:///mlflow.db"]) == 0
+    folder = tmp_path / "studies" / "study"
+    for trial in trials_of(folder):
+        chosen = trial.user_attrs["chosen"]
+        assert chosen["process.num_terms"] * chosen["process.time_grid"] == 8
+        assert trial.values[1] == chosen["process.num_terms"] * chosen["sampling.num_steps"]
+        assert trial.values[0] == history(folder / "trials" / f"{trial.number:04d}")[KID][-1][1]
+    assert (folder / "figures" / "pareto_front.png").is_file()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "study"]
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+    evaluations = [run for run in runs.values() if run.data.tags.get("klray.kind") == "evaluation"]
+    assert len(evaluations) == 4
+    for run in evaluations:
+        trial_run = runs[run.data.tags["mlflow.parentRunId"]]
+        assert trial_run.data.tags["klray.kind"] == "trial"
+        assert run.data.metrics[KID] == trial_run.data.metrics[KID]
+        study = runs[trial_run.data.tags["mlflow.parentRunId"]]
+        assert study.data.tags["klray.kind"] == "study"
+    artifacts = {artifact.path for artifact in client.list_artifacts(study.info.run_id)}
+    assert {"pareto_front.png", "results.csv"} <= artifacts
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"mesh.basis": 2}, [], "mesh.basis must divide the number of workers, 1, got 2"),
+        ({"network.init_from": "nowhere"}, [], "nowhere"),
+        ({"sampling.solver": "ddmi"}, [], "sampling.solver must be one of"),
+        ({}, ["--workers", "2", "--trial-runner", "inline"], "--trial-runner inline trains in the trial's own process"),
+    ],
+    ids=["mesh", "init_from", "solver", "inline"],
+)
+def test_what_every_trial_would_fail_by_is_refused_before_the_first(
+    changes: dict[str, Any], arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = space_file(tmp_path, set={**TINY, **changes})
+    assert tune.main(["--space", str(file), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "studies").exists()
 
 
 # The searcher alone
