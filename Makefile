@@ -1,4 +1,4 @@
-# make demo: a first training run; make test: lint, types and the whole suite; make test-fast: without Ray and servers.
+# make demo: a first study; make test: lint, types and the whole suite; make test-fast: without Ray and servers.
 # PYTHON names the interpreter (3.11 or newer) that the virtual environment is made with.
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,7 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python -m klray.train --config digits
+	$(BIN)/python -m klray.tune --space tune_spaces/M.yaml
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

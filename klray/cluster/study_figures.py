@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from klray.cluster.study_results import TrialRow
 from klray.cluster.study_search import open_study
@@ -51,13 +52,17 @@ def convergence_figure(space: Space, rows: Sequence[TrialRow], path: Path) -> No
     """The first objective of every trial against images, network evaluations and seconds, coloured by M."""
     metric = space.objectives[0].metric
     figure = Figure(figsize=(15, 4.5), layout="constrained")
-    terms = sorted({row.chosen.get("process.num_terms", space.base.process.num_terms) for row in rows})
+
+    def num_terms(row: TrialRow) -> int:
+        return int(row.chosen.get("process.num_terms", space.base.process.num_terms))
+
+    terms = sorted({num_terms(row) for row in rows})
     for axis, (key, label) in zip(figure.subplots(1, len(AXES)), AXES.items(), strict=True):
         labelled: set[int] = set()
-        for row in rows:
+        for row in sorted(rows, key=num_terms):
             of_step = dict(row.curves.get(key, []))
             points = [(of_step[step], value) for step, value in row.curves.get(metric, []) if step in of_step]
-            m = row.chosen.get("process.num_terms", space.base.process.num_terms)
+            m = num_terms(row)
             style = {"color": f"C{terms.index(m)}", "alpha": 0.4 if row.state == "pruned" else 1.0}
             name = None if m in labelled or not points else (f"M = {m}" if m else "VP baseline (M = 0)")
             labelled |= {m} if points else set()
@@ -65,6 +70,7 @@ def convergence_figure(space: Space, rows: Sequence[TrialRow], path: Path) -> No
         axis.set_xlabel(label)
         axis.set_ylabel(metric)
         axis.set_yscale("log")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3, which="both")
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, format="png", dpi=110)
@@ -78,7 +84,7 @@ def _optuna_figure(draw: Callable[[], Any], path: Path) -> bool:
     from matplotlib import pyplot
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), matplotlib.rc_context():  # it sets a style for all figures
             warnings.simplefilter("ignore")
             draw()
             pyplot.gcf().set_size_inches(10, 6)

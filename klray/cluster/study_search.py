@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from klray.space import Space
+from klray.space.parts import Categorical
 
 DIVERGED = 1e6  # what a non-finite objective counts as: the worst, but a number, so that samplers learn from it
 FINISHED = "finished"  # key of a trial's last result; its value is the list of objectives
@@ -62,12 +64,9 @@ class StudySearch(Searcher):
         return {"number": trial.number, "chosen": chosen}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Keeps the first objective's value on the way."""
-        if not {FINISHED, ERROR} & result.keys() and len(self.space.objectives) == 1:
-            objective = self.space.objectives[0]
-            value = result.get(objective.metric)
-            if value is not None:
-                self._trials[trial_id].report(_finite(value, objective.direction), int(result[PERCENT]))
+        """A look at a trial that goes on."""
+        if not {FINISHED, ERROR} & result.keys():
+            self._report(self._trials[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """The end of a trial: complete, pruned or failed."""
@@ -80,8 +79,17 @@ class StudySearch(Searcher):
             values = [_finite(value, way) for value, way in zip(result[FINISHED], directions, strict=True)]
             trial.set_user_attr("values", result["values"])  # by seed
             self.study.tell(trial, values)
-        else:
+        else:  # Tune does not tell of the result that a trial was stopped at
+            self._report(trial, result)
             self.study.tell(trial, state=TrialState.PRUNED)
+
+    def _report(self, trial: optuna.Trial, result: Mapping[str, Any]) -> None:
+        """Keeps a single objective's value on the way."""
+        objective, percent = self.space.objectives[0], int(result[PERCENT])
+        told = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        # A resumed trial comes by some points again.
+        if len(self.space.objectives) == 1 and objective.metric in result and percent not in told:
+            trial.report(_finite(result[objective.metric], objective.direction), percent)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the storage has it."""
@@ -101,10 +109,23 @@ def open_study(space: Space, folder: Path) -> optuna.Study:
     )
     # Another seed each time: a continued study would otherwise draw its first settings again.
     study.sampler = _sampler(space, seed=len(study.get_trials(deepcopy=False)))
-    if space.sampler == "grid" and not study.get_trials(deepcopy=False):
-        for chosen in space.grid():
+    if not study.get_trials(deepcopy=False):
+        for chosen in {"grid": space.grid, "random": list}.get(space.sampler, lambda: _first(space))():
             study.enqueue_trial(space.params(chosen))
     return study
+
+
+def _first(space: Space) -> list[dict[str, Any]]:
+    """Choices of the first trials, so that each is tried at least once: left alone, a sampler may never try some.
+
+    As many trials as the longest list has choices; none where that would be more than half of the study.
+    """
+    choices = {name: p.choices for name, p in space.parameters.items() if isinstance(p, Categorical)}
+    longest = max(map(len, choices.values()), default=0)
+    if 2 * longest > space.trials:
+        return []
+    mixed = {name: random.Random(name).sample(values, len(values)) for name, values in choices.items()}
+    return [{name: values[i % len(values)] for name, values in mixed.items()} for i in range(longest)]
 
 
 def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
@@ -114,7 +135,9 @@ def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
         # Trials run beside each other: constant_liar keeps it from suggesting the same twice.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+            return optuna.samplers.TPESampler(
+                n_startup_trials=max(5, space.trials // 3), multivariate=True, group=True, constant_liar=True, seed=seed
+            )
     return optuna.samplers.RandomSampler(seed=seed)
 
 
