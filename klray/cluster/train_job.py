@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ def train_in_worker(
 
     def report(metrics: dict[str, float]) -> None:
         if "val/eps_mse" in metrics:
-            on_validation({**metrics, "budget_percent": round(100 * metrics["budget_used"])})
+            # Rounded up: a look at the last step within 80 % counts as one at 80 %.
+            on_validation({**metrics, "budget_percent": math.ceil(100 * metrics["budget_used"] - 1e-6)})
 
     try:
         train_and_record(

@@ -14,10 +14,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from klray.cluster.connect import cluster_size, cpu_share
 from klray.cluster.evaluate_job import Features
 from klray.cluster.study_scores import study_reference
-from klray.cluster.study_search import ERROR, FINISHED, PERCENT, StudySearch
+from klray.cluster.study_search import ERROR, FINISHED, PERCENT, StudySearch, trial_name
 from klray.cluster.train_job import SharedImages, runs_at_once
 from klray.cluster.trial import Plan, run_trial
 from klray.space import Space
+from klray.tracking.records import RecordWriter
 
 Watch = Callable[[str, int, Mapping[str, Any]], None]  # (what happened, trial's number, its result)
 
@@ -71,7 +72,7 @@ def run_study(
         run_config=tune.RunConfig(
             name=f"attempt_{time.time_ns()}",
             storage_path=str(folder / "ray"),
-            callbacks=[_Watcher(watch)],
+            callbacks=[_Watcher(watch, space, folder)],
             verbose=0,
         ),
     )
@@ -109,10 +110,10 @@ def _mode(space: Space) -> str:
 
 
 class _Watcher(tune.Callback):
-    """Passes on what happens to trials."""
+    """Passes on what happens to trials, and closes the records of those that are stopped."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, watch: Watch, space: Space, folder: Path) -> None:
+        self._watch, self._space, self._folder = watch, space, folder
 
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         self._watch("started", trial.config["number"], {"chosen": trial.config["chosen"]})
@@ -125,7 +126,10 @@ class _Watcher(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         if not {FINISHED, ERROR} & (trial.last_result or {}).keys():
-            self._watch("pruned", trial.config["number"], trial.last_result or {})
+            number = trial.config["number"]
+            with RecordWriter(self._folder / "trials" / trial_name(self._space, number, 0)) as writer:
+                writer.status("KILLED")
+            self._watch("pruned", number, trial.last_result or {})
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         self._watch("failed", trial.config["number"], {ERROR: _last_line(trial)})

@@ -119,7 +119,9 @@ def test_a_bad_setting_is_pruned_and_frees_its_workers(tmp_path: Path) -> None:
     good, bad = trials_of(tmp_path / "studies" / "study")
     assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.PRUNED)
     assert bad.intermediate_values  # what it was judged by
-    used = history(tmp_path / "studies" / "study" / "trials" / f"{bad.number:04d}")["budget_used"][-1][1]
+    run_dir = tmp_path / "studies" / "study" / "trials" / f"{bad.number:04d}"
+    used = history(run_dir)["budget_used"][-1][1]
+    assert [r["status"] for r, _ in read_records(run_dir) if r["kind"] == "status"] == ["RUNNING", "KILLED"]
     assert used < 0.9
     for _ in range(60):
         if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
@@ -132,14 +134,15 @@ def test_a_killed_driver_loses_no_trial_and_repeats_none(tmp_path: Path) -> None
     lr = {"optimizer.lr": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}}
     file = space_file(
         tmp_path,
-        set={**TINY, "validation.every_images": 8000, "checkpoint.every_images": 4000},
+        set={**TINY, "validation.every_images": 8000, "checkpoint.every_images": 2000},
         parameters=lr,
-        budget={"unit": "images", "amount": 48000},
+        budget={"unit": "images", "amount": 24000},
         sampler="random",
         trials=3,
         concurrency=1,
     )
     command = [sys.executable, "-m", "klray.tune", "--space", str(file), "--name", "study", "--tracking-uri", "off"]
+    command += ["--trial-runner", "inline"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     folder = tmp_path / "studies" / "study"
     first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
@@ -164,7 +167,7 @@ def test_a_killed_driver_loses_no_trial_and_repeats_none(tmp_path: Path) -> None
     for number in range(3):
         records = [record for record, _ in read_records(folder / "trials" / f"{number:04d}")]
         assert [r["status"] for r in records if r["kind"] == "status"].count("FINISHED") == 1
-        assert history(folder / "trials" / f"{number:04d}")["images_seen"][-1][1] == 48000
+        assert history(folder / "trials" / f"{number:04d}")["images_seen"][-1][1] == 24000
     assert len(list((folder / "trials").iterdir())) == 3
 
 
@@ -269,6 +272,28 @@ def test_a_continued_random_study_does_not_draw_the_same_again(tmp_path: Path) -
         drawn.append(suggested.suggest_float("optimizer.lr", 1e-4, 1e-2, log=True))
         assert name
     assert len(set(drawn)) == 4
+
+
+def test_every_choice_is_tried_at_least_once(tmp_path: Path) -> None:
+    parameters = {
+        "process.num_terms": {"type": "categorical", "choices": [0, 1, 2, 4, 8]},
+        "process.marginal": {"type": "categorical", "choices": ["matched", "truncated"]},
+        "optimizer.lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
+    }
+    searcher = search(tmp_path, sampler="tpe", trials=10, parameters=parameters)
+    chosen = [searcher.suggest(name)["chosen"] for name in "abcde"]  # type: ignore[index]
+    assert {setting["process.num_terms"] for setting in chosen} == {0, 1, 2, 4, 8}
+    assert {setting["process.marginal"] for setting in chosen} == {"matched", "truncated"}
+    assert len({setting["optimizer.lr"] for setting in chosen}) == 5
+
+
+def test_a_stopped_trial_keeps_the_look_that_stopped_it(tmp_path: Path) -> None:
+    searcher = search(tmp_path)
+    number = searcher.suggest("a")["number"]  # type: ignore[index]
+    searcher.on_trial_result("a", {"val/eps_mse": 0.5, PERCENT: 20})
+    searcher.on_trial_complete("a", {"val/eps_mse": 0.4, PERCENT: 40})
+    stopped = searcher.study.get_trials()[number]
+    assert (stopped.state, stopped.intermediate_values) == (TrialState.PRUNED, {20: 0.5, 40: 0.4})
 
 
 def test_the_space_is_kept_with_the_study(tmp_path: Path) -> None:
