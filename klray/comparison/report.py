@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from klray.comparison.curves import Interval, Verdict, half_width
 from klray.comparison.results import AXES, METRIC, ArmResult, common_quality, cost_ratios, verdicts
@@ -71,6 +72,9 @@ def curves_figure(results: Sequence[ArmResult], path: Path) -> None:
                 costs, curves.errors.min(0), curves.errors.max(0), color=style["color"], alpha=0.15, linewidth=0
             )
         panel.set(xlabel=label, xscale="log", yscale="log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel(METRIC)
     figure.axes[0].legend(fontsize="small")
