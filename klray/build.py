@@ -13,6 +13,7 @@ from torch import Tensor
 from klray.config import Config, ConfigError, Sampling
 from klray.core.denoiser import Denoiser, TermDenoiser
 from klray.core.karhunen_loeve import KarhunenLoeve
+from klray.core.learned_timesteps import scaled
 from klray.core.process import Ensemble, NoiseProcess, SingleTerm
 from klray.core.schedule import Schedule, VPLinear
 from klray.core.solvers import SOLVERS, Solver
@@ -87,10 +88,14 @@ def build_denoiser(
 
 @dataclass(frozen=True)
 class Grid:
-    """Times of a grid that was chosen point by point: [N + 1] each; ``model_timesteps`` None: the same ones."""
+    """Times of a grid that was chosen point by point: [N + 1] each; ``model_timesteps`` None: the same ones.
+
+    ``scale``: [N], learned factors on the noise estimate, see ``klray.core.learned_timesteps.scaled``; None: none.
+    """
 
     timesteps: list[float]
     model_timesteps: list[float] | None = None
+    scale: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,15 @@ class Sampler:
     nfe: int
     options: dict[str, Any]
     grid: Callable[[Schedule], tuple[Tensor, Tensor | None]]
+    scale: list[float] | None = None
 
     def sample(self, denoiser: Denoiser, schedule: Schedule, noise: Tensor) -> Tensor:
         """Unit noise [B, C, H, W] -> images. The start has the schedule's noise level at the grid's first time."""
         timesteps, model_timesteps = self.grid(schedule)
         x = schedule.sigma(timesteps[0]) * noise
+        if self.scale is not None:
+            shown = timesteps if model_timesteps is None else model_timesteps
+            denoiser = scaled(denoiser, schedule, shown, timesteps.new_tensor(self.scale))
         return self.solver.sample(denoiser, schedule, x, timesteps, model_timesteps, **self.options)
 
 
@@ -149,6 +158,7 @@ def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
         nfe=settings.nfe or solver.nfe(num_steps),
         options={**settings.options, **orders},
         grid=_named(TIMESTEPS[settings.timesteps], num_steps) if grid is None else _explicit(grid),
+        scale=None if grid is None else grid.scale,
     )
 
 

@@ -58,6 +58,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, help="processes, on Ray if more than one (default: one for each GPU, else 1)"
     )
     parser.add_argument("--basis", type=int, default=1, help="workers that share an image's terms (default 1)")
+    parser.add_argument("--force", action="store_true", help="use a learned schedule of other weights too")
     parser.add_argument("--compile", action="store_true", help="compile the network; pays for thousands of images")
 
 

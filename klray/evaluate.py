@@ -22,7 +22,9 @@ def parse(argv: list[str] | None) -> Namespace:
     add_sampling_flags(parser)
     parser.add_argument("--solver", nargs="+", help="sampling methods (default: the model's sampling.solver)")
     parser.add_argument("--nfe", nargs="+", type=int, help="score evaluations an image (default: the model's)")
-    parser.add_argument("--timesteps", nargs="+", metavar="NAME|FILE", help="time grids (default: the model's)")
+    parser.add_argument(
+        "--timesteps", nargs="+", metavar="NAME|FILE", help="time grids, or learned (default: the model's)"
+    )
     parser.add_argument(
         "--num-samples", type=int, default=10_000, metavar="N", help="images of a block (default 10000)"
     )
@@ -131,8 +133,9 @@ def _cells(args: Namespace, model: Model) -> list[Cell]:
     cells = []
     options = options_of(args.option) or None
     for solver, timesteps, nfe in product(args.solver or [None], args.timesteps or [None], args.nfe or [None]):
-        grid = grid_of(timesteps, model.schedule)
-        cells.append(Cell(sampling_of(model, grid, solver=solver, nfe=nfe, timesteps=timesteps, options=options), grid))
+        chosen = {"solver": solver, "nfe": nfe, "options": options}
+        grid = grid_of(timesteps, model, sampling_of(model, **chosen), force=args.force)
+        cells.append(Cell(sampling_of(model, grid, timesteps=timesteps, **chosen), grid))
     return cells
 
 

@@ -23,7 +23,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument(
         "--timesteps",
         metavar="NAME|FILE",
-        help="time grid, or a list in a .json or an LD3 .pt file (default: the model's)",
+        help="time grid, learned, or a list in a .json or an LD3 .pt file (default: the model's)",
     )
     parser.add_argument("--seeds", default="0-63", metavar="A-B", help="one image for each seed, A to B (default 0-63)")
     parser.add_argument(
@@ -66,10 +66,9 @@ def _sample(args: Namespace) -> int:
     model = load_model(checkpoint, torch.device("cpu"), mesh=Mesh(1, args.basis))
     if model.assumed is not None:
         print(f"note: {model.assumed}")
-    grid = grid_of(args.timesteps, model.schedule)
-    settings = sampling_of(
-        model, grid, solver=args.solver, nfe=args.nfe, timesteps=args.timesteps, options=options_of(args.option) or None
-    )
+    chosen = {"solver": args.solver, "nfe": args.nfe, "options": options_of(args.option) or None}
+    grid = grid_of(args.timesteps, model, sampling_of(model, **chosen), force=args.force)
+    settings = sampling_of(model, grid, timesteps=args.timesteps, **chosen)
     sampler = build_sampler(settings, grid)
     if args.export is not None:
         _export(model, args.export)

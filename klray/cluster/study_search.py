@@ -118,11 +118,11 @@ def open_study(space: Space, folder: Path) -> optuna.Study:
 def _first(space: Space) -> list[dict[str, Any]]:
     """Choices of the first trials, so that each is tried at least once: left alone, a sampler may never try some.
 
-    As many trials as the longest list has choices; none where that would be more than half of the study.
+    As many trials as the longest list has choices; none where the study has fewer.
     """
     choices = {name: p.choices for name, p in space.parameters.items() if isinstance(p, Categorical)}
     longest = max(map(len, choices.values()), default=0)
-    if 2 * longest > space.trials:
+    if longest > space.trials:
         return []
     mixed = {name: random.Random(name).sample(values, len(values)) for name, values in choices.items()}
     return [{name: values[i % len(values)] for name, values in mixed.items()} for i in range(longest)]

@@ -1,4 +1,4 @@
-"""Time grids from files: lists in JSON, as GITS and AYS publish them, and LD3's .pt."""
+"""Time grids that ``--timesteps`` names: learned ones, lists in JSON as GITS and AYS publish them, LD3's .pt."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import math
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from klray.build import Grid
+from klray.build import Grid, build_sampler
+from klray.config import Sampling
 from klray.core.schedule import Schedule
+from klray.discretize.store import LEARNED, check, find, home_of, read
 from klray.errors import UserError
 
 UNITS = ("t", "edm_sigma", "lam")
@@ -22,14 +24,46 @@ class GridError(UserError):
     """A grid that cannot be read, or is none for this model."""
 
 
+class SampledModel(Protocol):
+    """What a grid needs to know of a model: where it lies, its weights' fingerprint, its noise levels."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def schedule(self) -> Schedule: ...
+
+
 def is_grid_file(name: str) -> bool:
     """Whether ``--timesteps`` names a file instead of a grid."""
     return Path(name).suffix in (".json", ".pt", ".pth")
 
 
-def grid_of(timesteps: str | None, schedule: Schedule) -> Grid | None:
-    """What ``--timesteps`` names: the grid in a file, None for the name of a grid; raises as ``read_grid``."""
-    return read_grid(Path(timesteps), schedule) if timesteps is not None and is_grid_file(timesteps) else None
+def grid_of(timesteps: str | None, model: SampledModel, asked: Sampling, *, force: bool = False) -> Grid | None:
+    """What ``--timesteps`` names: the grid learned for this, the one in a file, None for the name of a grid.
+
+    Args:
+        asked: the sampling settings otherwise, whose solver, options and NFE a learned grid has to be for.
+        force: take a learned grid of other weights, and a learned one's file whatever it was learned for.
+
+    Raises:
+        GridError, StoreError, ConfigError: as ``read_grid``, ``find`` and ``build_sampler``.
+    """
+    if timesteps is None or not (timesteps == LEARNED or is_grid_file(timesteps)):
+        return None
+    if timesteps == LEARNED:
+        sampler = build_sampler(asked.model_copy(update={"timesteps": "logsnr"}))
+        home = home_of(model.folder.resolve())
+        file = find(home, model.fingerprint, asked.solver, asked.options, sampler.nfe, force=force)
+        return read_grid(file, model.schedule)
+    file = Path(timesteps)
+    grid = read_grid(file, model.schedule)
+    if not force and file.suffix == ".json" and "format" in _from_json(file):
+        steps = build_sampler(asked.model_copy(update={"timesteps": timesteps, "nfe": None}), grid).nfe
+        nfe = asked.nfe if asked.nfe == read(file).nfe else steps
+        check(file, model.fingerprint, asked.solver, asked.options, nfe)
+    return grid
 
 
 def read_grid(path: Path, schedule: Schedule) -> Grid:
@@ -37,13 +71,17 @@ def read_grid(path: Path, schedule: Schedule) -> Grid:
 
     .json: a list of times t, or an object with one of the lists ``t``, ``edm_sigma`` (sigma/alpha, as GITS and AYS
     give them) or ``lam`` and, where the network is shown other times, ``model_t``, ``model_edm_sigma`` or
-    ``model_lam``. .pt: LD3's ``best_t_steps``, the N + 1 solver times followed by the N + 1 network times. ``t`` is the
-    model's own time: of an EDM model sigma, else in [0, 1].
+    ``model_lam``; or a learned schedule of klray's. .pt: LD3's ``best_t_steps``, the N + 1 solver times followed by
+    the N + 1 network times. ``t`` is the model's own time: of an EDM model sigma, else in [0, 1].
 
     Raises:
         GridError: for a file that is not such a list, and points that do not fall or leave the schedule's range.
     """
     lists = _from_pt(path) if path.suffix in (".pt", ".pth") else _from_json(path)
+    scale = None
+    if "timesteps" in lists:
+        scale = lists.get("scale")
+        lists = {"t": lists["timesteps"], "model_t": lists.get("model_timesteps")}
     shown = {key.removeprefix("model_"): lists.pop(key) for key in list(lists) if key.startswith("model_")}
     solver, network = _times(path, lists, schedule), _times(path, shown, schedule)
     if solver is None:
@@ -52,7 +90,7 @@ def read_grid(path: Path, schedule: Schedule) -> Grid:
         raise GridError(f"{path}: the network needs a time for each of the {len(solver)} points, got {len(network)}")
     if any(later >= earlier for earlier, later in pairwise(solver)):
         raise GridError(f"{path}: times must fall strictly, from noise to data; edm_sigma falls too, lam rises")
-    return Grid(solver, network)
+    return Grid(solver, network, _factors(path, scale, len(solver) - 1))
 
 
 def _times(path: Path, lists: dict[str, Any], schedule: Schedule) -> list[float] | None:
@@ -83,6 +121,12 @@ def _times(path: Path, lists: dict[str, Any], schedule: Schedule) -> list[float]
         span = f"{float(t.min()):g} to {float(t.max()):g}"
         raise GridError(f"{path}: this model's times are 0 < t <= {schedule.t_max:g}, the list has {span}")
     return t.tolist()
+
+
+def _factors(path: Path, scale: Any, num_steps: int) -> list[float] | None:
+    if scale is not None and not (isinstance(scale, list) and len(scale) == num_steps and all(map(_finite, scale))):
+        raise GridError(f"{path}: scale must be a list of {num_steps} finite numbers, one for each step")
+    return scale
 
 
 def _finite(value: Any) -> bool:

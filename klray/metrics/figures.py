@@ -1,4 +1,4 @@
-"""Figures of an evaluation: quality against cost, and sample grids side by side."""
+"""Figures of an evaluation: quality against cost, sample grids side by side; and of a learned schedule."""
 
 from __future__ import annotations
 
@@ -59,6 +59,30 @@ def overview_figure(rows: Sequence[Row], pictures: Sequence[np.ndarray], path: P
         axis = axes[methods.index((row["solver"], row["timesteps"]))][budgets.index(row["nfe"])]
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(f"{row['solver']}\n{row['timesteps']}, NFE {row['nfe']}", fontsize=7)
+    _save(figure, path)
+
+
+def grids_figure(lams: Mapping[str, Sequence[float]], learned: str, title: str, path: Path) -> None:
+    """lam over the step of several grids, [N + 1] each; the one called ``learned`` is drawn thick."""
+    figure, axes = _figure(1, 1, width=6.0, height=4.2)
+    axis = axes[0][0]
+    for index, (name, lam) in enumerate(lams.items()):
+        thick = name == learned
+        axis.plot(
+            range(len(lam)),
+            lam,
+            color="black" if thick else f"C{index}",
+            linewidth=2.5 if thick else 1.0,
+            linestyle="-" if thick else _DASHES[index % len(_DASHES)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=4,
+            label=name,
+        )
+    axis.set_xlabel("step")
+    axis.set_ylabel("lam = log(alpha / sigma)")
+    axis.set_title(title, fontsize="medium")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="x-small")
     _save(figure, path)
 
 

@@ -14,21 +14,32 @@ from klray.tracking.train_run import git_commit, hardware
 
 
 @contextmanager
-def parent_run(folder: Path, uri: str | None, kind: str, params: dict[str, Any]) -> Iterator[RecordWriter]:
-    """Opens the run of FOLDER in the MLflow experiment of its name; runs in FOLDER/trials are nested in it.
+def parent_run(
+    folder: Path,
+    uri: str | None,
+    kind: str,
+    params: dict[str, Any],
+    *,
+    experiment: str | None = None,
+    parent_dir: Path | None = None,
+) -> Iterator[RecordWriter]:
+    """Opens the run of FOLDER in MLflow; runs in FOLDER/trials are nested in it.
 
     Args:
         uri: of MLflow; None for none: records are kept in the folder.
-        kind: the tag ``klray.kind``: study or comparison.
+        kind: the tag ``klray.kind``: study, comparison or ld3.
         params: of the parent.
+        experiment: in which it is; None: one of the folder's name.
+        parent_dir: the run whose MLflow run it is itself nested in; None for none.
     """
     with ExitStack() as stack:
         tags = {"klray.kind": kind, "klray.git": git_commit(), "klray.hardware": hardware()}
-        stack.enter_context(Uploader(folder, uri, folder.name, folder.name, tags=tags))
+        experiment = experiment or folder.name
+        stack.enter_context(Uploader(folder, uri, experiment, folder.name, tags=tags, parent_dir=parent_dir))
         writer = stack.enter_context(RecordWriter(folder))
         writer.status("RUNNING")
         writer.params(params)
-        stack.enter_context(StudyUploads(folder, uri, folder.name))
+        stack.enter_context(StudyUploads(folder, uri, experiment))
         try:
             yield writer
         except BaseException as error:
