@@ -40,6 +40,7 @@ class Plan:
     cpus_per_worker: float
     features: Features  # for scores of images
     details: dict[str, Any]
+    root: Path  # where relative paths begin: a trial has a working folder of its own
 
 
 def objective_value(objective: Objective, config: Config, run_dir: Path, plan: Plan) -> float:
@@ -72,7 +73,7 @@ def _measure(plan: Plan, number: int, chosen: dict[str, Any]) -> list[list[float
     space = plan.space
     values: list[list[float]] = []
     for seed in range(space.seeds):
-        run_config = checked_start(space.config(chosen, seed))
+        run_config = checked_start(space.config(chosen, seed), plan.root)
         name = trial_name(space, number, seed)
         with open_run(plan.folder / "trials", name, run_config, plan.details) as run_dir:
             whole = finished(run_config, run_dir, warn=lambda text: None)

@@ -52,7 +52,7 @@ def run_study(
     """
     at_once = concurrency(space, workers)
     share = cpu_share(at_once * workers)
-    plan = Plan(space, folder, images, workers, inline, share, features, details)
+    plan = Plan(space, folder, images, workers, inline, share, features, details, Path.cwd())
     # A trial that only waits for its workers takes no CPU, and stays beside the driver.
     own = {"CPU": share, "GPU": min(1, cluster_size()[1])} if inline else {"node:__internal_head__": 0.001}
     if any(objective.score for objective in space.objectives):

@@ -35,15 +35,17 @@ def initialise(config: Config, network: TermNetwork, warn: Callable[[str], None]
         warn(f"network.init_from: with {what} the start only approximates the baseline")
 
 
-def checked_start(config: Config) -> Config:
+def checked_start(config: Config, root: Path = Path()) -> Config:
     """The configuration with ``network.init_from``, if any, as a path that every worker understands, and tried out.
+
+    ``root``: where a relative path begins; by default the working folder.
 
     Raises:
         UserError: as ``initialise``.
     """
     if config.network.init_from is None:
         return config
-    changes = [("network.init_from", str(Path(config.network.init_from).resolve()))]
+    changes = [("network.init_from", str((root / config.network.init_from).resolve()))]
     config = override(config.model_dump(mode="json"), changes)
     initialise(config, build_network(config), warn=lambda text: None)
     return config

@@ -113,8 +113,12 @@ def test_a_study_with_a_failing_trial(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_bad_setting_is_pruned_and_frees_its_workers(tmp_path: Path) -> None:
     parameters = {"optimizer.lr": {"type": "categorical", "choices": [1e-2, 1e-8]}}
-    budget, scheduler = {"unit": "images", "amount": 6400}, {"kind": "asha", "reduction_factor": 2, "min_fraction": 0.1}
-    file = space_file(tmp_path, parameters=parameters, budget=budget, scheduler=scheduler, concurrency=1)
+    budget, scheduler = (
+        {"unit": "images", "amount": 25600},
+        {"kind": "asha", "reduction_factor": 2, "min_fraction": 0.1},
+    )
+    settings = {**TINY, "validation.every_images": 640}  # rare looks: Tune has time to stop a trial between two
+    file = space_file(tmp_path, set=settings, parameters=parameters, budget=budget, scheduler=scheduler, concurrency=1)
     assert tune.main(["--space", str(file), "--name", "study", "--tracking-uri", "off"]) == 0
     good, bad = trials_of(tmp_path / "studies" / "study")
     assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.PRUNED)
