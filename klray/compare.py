@@ -57,9 +57,7 @@ def _compare(args: Namespace) -> int:
 
     _check(args)
     base = load_config(args.config, ["budget.unit=network_evals", *args.set])
-    arms = {arm: matched(arm, base) for arm in read_arms(args.arms, base)}
-    for arm, config in arms.items():
-        _check_arm(arm, config, args.workers)
+    arms = {arm: _checked(arm, matched(arm, base), args.workers) for arm in read_arms(args.arms, base)}
     description = _description(args, base, list(arms))
     name = args.name or f"{base.preset}-{_digest(description)}"
     if args.dry_run:
@@ -78,17 +76,18 @@ def _check(args: Namespace) -> None:
     ):
         if getattr(args, flag) < least:
             raise ConfigError(f"--{flag} must be >= {least}, got {getattr(args, flag)}: {why}")
-    if not args.rate_factor > 1:
-        raise ConfigError(f"--rate-factor must be > 1, got {args.rate_factor:g}")
+    if not 1.1 <= args.rate_factor <= 100:
+        raise ConfigError(f"--rate-factor must be from 1.1 to 100, got {args.rate_factor:g}")
     if args.quality is not None and not args.quality > 0:
         raise ConfigError(f"--quality must be > 0, got {args.quality:g}")
 
 
-def _check_arm(arm: Arm, config: Config, workers: int) -> None:
-    """What would otherwise fail when the arm's first run starts."""
+def _checked(arm: Arm, config: Config, workers: int) -> Config:
+    """The configuration, tried for what would otherwise fail when the arm's first run starts."""
     from klray.build import build_sampler
     from klray.config import ConfigError
     from klray.parallel.mesh import resolve_mesh
+    from klray.training.initialise import checked_start
 
     try:
         build_sampler(config.sampling)
@@ -99,6 +98,7 @@ def _check_arm(arm: Arm, config: Config, workers: int) -> None:
             terms_per_step=config.evals_per_image,
             batch_size=config.optimizer.batch_size,
         )
+        return checked_start(config)
     except ValueError as error:
         raise ConfigError(f"arm {arm.name}: {error}") from error
 
@@ -157,7 +157,12 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
 
     def differences(kept: dict[str, Any]) -> list[str]:
         before, now = _compared(kept), _compared(description)
-        return [f"{key}: {value} -> {now.get(key, 'absent')}" for key, value in before.items() if now.get(key) != value]
+        keys = before.keys() | {key for key in now if not key.startswith("arms.")}  # arms may be added
+        return [
+            f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
+            for key in sorted(keys)
+            if before.get(key) != now.get(key)
+        ]
 
     asked = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     uri = None if asked == "off" else resolve_uri(asked, Path.cwd())

@@ -22,6 +22,8 @@ FORMS = (
     "vp, vp_batchB (B times the batch), vp_ensembleM, vp_truncatedM, klM, klMkK, the last two with any of "
     + ", ".join(f"_{suffix}" for suffix in SUFFIXES)
 )
+# All arms see the same data, spend the same budget, and are measured and warmed up alike; their rates are tuned.
+SET_FOR_ALL = ("data.", "budget.", "validation.", "sampling.every_images", "optimizer.lr", "optimizer.warmup_images")
 _BASE = re.compile(
     r"vp(?:_batch(?P<batch>[0-9]+)|_ensemble(?P<ensemble>[0-9]+)|_truncated(?P<truncated>[0-9]*))?"
     r"|kl(?P<terms>[0-9]+)(?:k(?P<partial>[0-9]+))?(?P<suffixes>(?:_[a-z]+)*)"
@@ -66,7 +68,7 @@ def read_arm(text: str, base: Config) -> Arm:
         raise ConfigError(f"an arm must be one of {FORMS}; got {name!r}")
     changes = [*_changes(found, base, name), *(parse_override(part) for part in extra)]
     for key, _ in changes:
-        if key == "optimizer.lr" or key.startswith(("budget.", "seed")):
+        if key.startswith(SET_FOR_ALL):
             raise ConfigError(f"arm {text}: {key} is set by the comparison, for every arm alike; leave it out")
     arm = Arm(text, tuple(changes))
     try:

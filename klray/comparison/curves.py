@@ -31,9 +31,9 @@ class Curves:
         return float(self.costs[:, -1].min())
 
     def errors_at(self, cost: float) -> Array:
-        """Each seed's error at a cost, [S]: log-log linear between looks, NaN before the first."""
+        """Each seed's error at a cost, [S]: log-log linear between looks, NaN before the first and after the last."""
         rows = zip(np.log(self.costs), np.log(self.errors), strict=True)
-        return np.exp([np.interp(math.log(cost), c, e, left=math.nan, right=math.nan) for c, e in rows])
+        return np.exp([np.interp(np.log(cost), c, e, left=math.nan, right=math.nan) for c, e in rows])
 
     def cost_to(self, error: float, seeds: Sequence[int] | None = None) -> float:
         """Where the geometric mean of the seeds' curves first comes down to ``error``; infinity where it does not.
@@ -108,7 +108,8 @@ def word_of(ratio: Interval) -> Word:
 def cost_ratio(arm: Curves, baseline: Curves, error: float, resamples: int = 2000) -> Interval:
     """What the arm pays for ``error``, over what the baseline pays, with a bootstrap interval over the seeds of both.
 
-    Infinite where the arm does not reach it, NaN where the baseline does not.
+    Infinite where the arm does not reach it, NaN where the baseline does not. Where only a resampled baseline does not,
+    its cost is as good as infinite, the ratio 0.
     """
     random = np.random.default_rng(0)
 
@@ -116,7 +117,8 @@ def cost_ratio(arm: Curves, baseline: Curves, error: float, resamples: int = 200
         return curves.cost_to(error, random.integers(len(curves.costs), size=len(curves.costs)).tolist())
 
     ratios = [_ratio(draw(arm), draw(baseline)) for _ in range(resamples)]
-    value = _ratio(arm.cost_to(error), baseline.cost_to(error))
+    costs = arm.cost_to(error), baseline.cost_to(error)
+    value = math.nan if math.isinf(costs[1]) else costs[0] / costs[1]
     known = np.sort([ratio for ratio in ratios if not math.isnan(ratio)])
     if math.isnan(value) or len(known) == 0:
         return Interval(value, math.nan, math.nan)
@@ -133,4 +135,4 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def _ratio(arm: float, baseline: float) -> float:
-    return math.nan if math.isinf(baseline) else arm / baseline
+    return math.nan if math.isinf(baseline) and math.isinf(arm) else arm / baseline

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klray.comparison.arms import Arm
-from klray.config import Config, ConfigError
+from klray.config import Config, ConfigError, override
 
 LOOKS = 24  # divisible by most M, so that an arm's end falls on a look of the baseline's on every axis
 TUNING_SEED = 1000  # beyond the seeds that results are made of
@@ -59,5 +59,5 @@ class PlannedRun:
 
 def planned(arm: Arm, config: Config, rate: float, stage: str, seed: int) -> PlannedRun:
     """The run of an arm's matched configuration with a learning rate and a seed."""
-    changed = arm.config(config, **{"optimizer.lr": rate, "seed": config.seed + seed})
+    changed = override(config.model_dump(mode="json"), [("optimizer.lr", rate), ("seed", config.seed + seed)])
     return PlannedRun(arm.name, stage, changed)

@@ -46,7 +46,7 @@ def write_files(results: Sequence[ArmResult], text: str, folder: Path) -> list[P
 
 
 def write_csv(results: Sequence[ArmResult], path: Path) -> None:
-    """One line for each arm and axis: both costs, the ratio of errors with its interval, the word."""
+    """One line for each arm and axis: the cost of both, the ratio of errors with its interval, the word."""
     names = ("arm", "axis", "cost", "ratio", "low", "high", "verdict")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -126,7 +126,9 @@ def _notes(results: Sequence[ArmResult], comparisons: int) -> list[str]:
     lines = [f"- {r.arm.name}: {r.note}" for r in results if r.note is not None]
     for result in results:
         if result.lost:
-            lines.append(f"- {result.arm.name}: {result.lost} runs diverged or failed and are not in its means.")
+            lines.append(
+                f"- {result.arm.name}: {result.lost} of its seeds diverged or failed and are not in its means."
+            )
         if result.rate_at_end:
             lines.append(
                 f"- {result.arm.name}: its best learning rate, {result.config.optimizer.lr:.4g}, is at an end of those "
@@ -143,6 +145,8 @@ def _notes(results: Sequence[ArmResult], comparisons: int) -> list[str]:
 
 
 def _verdict(verdict: Verdict) -> str:
+    if math.isnan(verdict.ratio.value):
+        return "not looked at by then"
     return f"{verdict.word} {_ratio(verdict.ratio)}"
 
 
