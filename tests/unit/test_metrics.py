@@ -414,7 +414,7 @@ def test_given_or_cached_weights_need_no_network(offline: None, inception_weight
 
 def test_downloaded_weights_are_kept(inception_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(features_module, "URL_INCEPTION_V3", inception_weights.as_uri())
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3", inception_weights.as_uri())
     assert find_extractor(None) == ("inception", None)
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     assert find_extractor("inception") == ("inception", None)
@@ -424,7 +424,10 @@ def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
         monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(features_module, "URL_INCEPTION_V3", f"http://127.0.0.1:{server.getsockname()[1]}/w.pth")
+        monkeypatch.setattr(
+            "torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3",
+            f"http://127.0.0.1:{server.getsockname()[1]}/w.pth",
+        )
         monkeypatch.setattr(features_module, "DOWNLOAD_TIMEOUT", 0.3)
         start = time.monotonic()
         name, note = find_extractor(None)

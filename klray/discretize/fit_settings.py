@@ -1,0 +1,161 @@
+"""How a schedule is fitted: LD3's settings, and Adam for more pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, Optimizer, RMSprop
+
+from klray.core.learned_timesteps import LearnedTimesteps
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Settings of one fit; the defaults are LD3's, for 100 pairs.
+
+    Attributes:
+        space: ``lam`` (pixels in LD3) or ``time`` (its latent models).
+        loss: ``l1``, ``l2``, or the name of a distance given beside.
+        validation_pairs: how many of the pairs, the last ones, only choose.
+        batch_size, validation_batch: pairs in a training step, and in a solve without gradients.
+        rounds_theta, rounds_both: passes over the training pairs in which the solver's times alone learn, then all.
+        optimizer: ``ld3``: RMSprop(lr, momentum 0.9) for the solver's times, SGD(lr_network / NFE) for the rest, each
+            gradient clipped at norm 1; ``adam``: Adam for all, falling to 0 along a cosine.
+        lr, lr_network, lr_scale: of the solver's times, the network's times, the output scale; for losses in units of
+            the start's.
+        min_lr, min_lr_network, lr_decay: after each loss of patience the rates are multiplied, down to these.
+        gamma: soft forcing's radius is gamma C H W / NFE^2; 0 is hard forcing.
+        latent_lr: the noises' step size is latent_lr / NFE.
+        validate_every: iterations between validations.
+        patience: so many validations without a new best bring the best parameters back and lower the rates.
+        reload_each_round: each round starts from the best parameters.
+        margin: standard errors by which the loss must fall for learned times to replace the start.
+        output_scale: learn a factor on the noise estimate of each step.
+        recompute: keep no activations of the network, see ``Student``.
+        seed: of the order of the training pairs.
+
+    Raises:
+        ValueError: for numbers out of range and an unknown optimiser.
+    """
+
+    space: str = "lam"
+    loss: str = "l2"
+    validation_pairs: int = 50
+    batch_size: int = 2
+    validation_batch: int = 150
+    rounds_theta: int = 2
+    rounds_both: int = 5
+    optimizer: str = "ld3"
+    lr: float = 5e-3
+    lr_network: float = 0.1
+    lr_scale: float = 1e-3
+    min_lr: float = 5e-5
+    min_lr_network: float = 1e-6
+    lr_decay: float = 0.8
+    gamma: float = 1e-3
+    latent_lr: float = 6.0
+    validate_every: int = 5
+    patience: int = 5
+    reload_each_round: bool = True
+    margin: float = 1.0
+    output_scale: bool = False
+    recompute: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("ld3", "adam"):
+            raise ValueError(f"optimizer must be ld3 or adam, got {self.optimizer!r}")
+        counts = ("validation_pairs", "batch_size", "validation_batch", "validate_every", "patience")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        rates = ("rounds_theta", "rounds_both", "lr", "lr_network", "lr_scale", "gamma", "latent_lr", "margin")
+        for name in rates:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
+
+
+ADAM = FitSettings(
+    validation_pairs=250,
+    batch_size=125,
+    validation_batch=500,
+    rounds_theta=0,
+    rounds_both=80,
+    optimizer="adam",
+    lr=2e-2,
+    lr_network=2e-2,
+    gamma=0.0,
+    validate_every=10,
+    patience=1000,
+    reload_each_round=False,
+)
+"""For 1000 pairs: larger batches, in which single noises that end in another mode weigh less, and no reloading."""
+
+
+class Optimizers:
+    """The optimisers of a fit. ``parameters``: those that learn now; ``lr``: that of the solver's times."""
+
+    def __init__(self, times: LearnedTimesteps, settings: FitSettings, nfe: int) -> None:
+        self.settings, self.times, self.annealed = settings, times, 1.0
+        over = nfe if settings.optimizer == "ld3" else 1
+        self.lr, self.lr_network = settings.lr, settings.lr_network / over
+        self.min_lr_network = settings.min_lr_network
+        self.parameters: list[Parameter] = []
+        self._optimizers: list[Optimizer] = []
+        self._take([times.theta])
+
+    def learn_network_times(self) -> None:
+        """From now on all parameters learn."""
+        extra = [self.times.xi] if self.times.scale is None else [self.times.xi, self.times.scale]
+        self._take([self.times.theta, *extra])
+
+    def _take(self, parameters: list[Parameter]) -> None:
+        self.parameters = [each for each in parameters if each.numel()]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets momenta and squares."""
+        self._optimizers = [self._optimizer(each) for each in self.parameters]
+
+    def _rate(self, parameter: Parameter) -> float:
+        if parameter is self.times.theta:
+            return self.lr * self.annealed
+        return (self.lr_network if parameter is self.times.xi else self.settings.lr_scale) * self.annealed
+
+    def _optimizer(self, parameter: Parameter) -> Optimizer:
+        rate = self._rate(parameter)
+        if self.settings.optimizer == "adam" or parameter is self.times.scale:
+            return Adam([parameter], lr=rate)
+        if parameter is self.times.theta:
+            return RMSprop([parameter], lr=rate, momentum=0.9)
+        return SGD([parameter], lr=rate)
+
+    def anneal(self, progress: float) -> None:
+        """``adam``: all rates at this share of the iterations, along a cosine."""
+        if self.settings.optimizer == "adam":
+            self.annealed = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            self._set_rates()
+
+    def decay(self) -> None:
+        """Lowers the rates, down to their floors."""
+        settings = self.settings
+        self.lr = max(settings.lr_decay * self.lr, min(settings.min_lr, self.lr))
+        if len(self.parameters) > 1:
+            floor = min(settings.min_lr_network, self.lr_network)
+            self.lr_network = max(settings.lr_decay * self.lr_network, floor)
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        for parameter, optimizer in zip(self.parameters, self._optimizers, strict=True):
+            optimizer.param_groups[0]["lr"] = self._rate(parameter)
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """One step; each parameter's gradient is clipped to norm 1 on its own."""
+        for parameter, gradient, optimizer in zip(self.parameters, gradients, self._optimizers, strict=True):
+            length = torch.linalg.vector_norm(gradient)
+            parameter.grad = gradient / length.clamp_min(1.0)
+            optimizer.step()

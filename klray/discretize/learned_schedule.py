@@ -1,0 +1,76 @@
+"""What one LD3 job gives: the grid of one solver at one NFE, and how it was come by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klray.core.denoiser import Denoiser
+from klray.core.learned_timesteps import scaled
+from klray.core.schedule import Schedule
+from klray.core.solvers import SOLVERS
+
+
+@dataclass(frozen=True)
+class LearnedSchedule:
+    """The grid that a fit chose; plain values.
+
+    Attributes:
+        solver, nfe, options: what it was learned for; options are those the user chose.
+        timesteps, model_timesteps, lam: [N + 1] each, lam of the solver's times.
+        scale: [N], the factors on the noise estimate (see ``klray.core.learned_timesteps.scaled``); None without.
+        start: which grid the fit began at.
+        learned: whether learning beat it; else the grid is the start itself.
+        validation_loss, start_losses: mean loss on the validation pairs, of this grid and of every start.
+        statistics: numbers on the fit: iterations, seconds, accepted, moved and so on.
+        settings: those of the fit.
+    """
+
+    solver: str
+    nfe: int
+    options: Mapping[str, Any]
+    timesteps: list[float]
+    model_timesteps: list[float]
+    lam: list[float]
+    scale: list[float] | None
+    start: str
+    learned: bool
+    validation_loss: float
+    start_losses: Mapping[str, float]
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def sample(self, denoiser: Denoiser, schedule: Schedule, noise: Tensor) -> Tensor:
+        """Unit noise [B, C, H, W] -> images."""
+        timesteps, model_timesteps = (
+            torch.tensor(each, dtype=torch.float64, device=noise.device)
+            for each in (self.timesteps, self.model_timesteps)
+        )
+        if self.scale is not None:
+            scale = torch.tensor(self.scale, dtype=torch.float64, device=noise.device)
+            denoiser = scaled(denoiser, schedule, model_timesteps, scale)
+        solver, x = SOLVERS[self.solver], schedule.sigma(timesteps[0]) * noise
+        keywords = {**self.options, **solver.plan(self.nfe)[1]}
+        return solver.sample(denoiser, schedule, x, timesteps, model_timesteps, **keywords)
+
+    def to_json(self) -> str:
+        """As an object with a key for each attribute; floats keep every bit."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> LearnedSchedule:
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValueError: for text that is no such object.
+        """
+        found = json.loads(text)
+        names = {each.name for each in fields(cls)}
+        if not isinstance(found, dict) or found.keys() != names:
+            raise ValueError(f"a learned schedule is a JSON object with the keys {', '.join(sorted(names))}")
+        return cls(**found)

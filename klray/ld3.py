@@ -1,0 +1,199 @@
+"""Learns time grids: python -m klray.ld3 --checkpoint runs/NAME --solvers unipc_3 ipndm_3 --nfe 4 6 8 10.
+
+One LD3 job for each solver and NFE on a pool of workers; klray.sample and klray.evaluate use what was learned as
+--timesteps learned. The same command again goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from klray.cli import Parser, options_of, run_command
+
+if TYPE_CHECKING:
+    from klray.discretize.ask import Ask, Job
+    from klray.training.model import Model
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The command line."""
+    parser = Parser(prog="klray.ld3", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR|RUN_ID", help="as for klray.sample")
+    parser.add_argument("--solvers", nargs="+", default=["dpm_solver_pp_3m", "unipc_3", "ipndm_3"], metavar="SOLVER")
+    parser.add_argument("--nfe", nargs="+", type=int, default=[4, 6, 8, 10], help="score evaluations an image")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the solvers; repeatable")
+    parser.add_argument("--clip-x0", choices=("yes", "no"), help="clamp x0 to [-1, 1] (default: the model's)")
+    parser.add_argument("--optimizer", default="ld3", help="ld3 (default), or adam, made for more pairs")
+    parser.add_argument("--pairs", type=int, help="noises with the teacher's images (default: ld3 100, adam 1000)")
+    parser.add_argument("--loss", choices=("l1", "l2"), help="between student's and teacher's images (default l2)")
+    parser.add_argument("--space", choices=("lam", "time"), help="in which the steps are laid out (default lam)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of the fit")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the pairs (default 0)")
+    parser.add_argument("--teacher-solver", default="unipc_3", metavar="SOLVER")
+    parser.add_argument("--teacher-nfe", type=int, default=20, metavar="N")
+    parser.add_argument("--teacher-timesteps", default="logsnr", metavar="NAME")
+    parser.add_argument("--warm-start", action="store_true", help="start also from grids learned at other NFE")
+    parser.add_argument("--workers", type=int, help="jobs at once (default: one for each GPU, else each CPU)")
+    parser.add_argument("--name", help="of the pool's folder and MLflow run (default: ld3 + hash of what is asked)")
+    parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is; off for none")
+    parser.add_argument("--force", action="store_true", help="replace schedules that were learned with other settings")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs and what they cost")
+    parser.add_argument("--list", action="store_true", help="print the schedules that the model has")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 the user's mistake, 1 failed jobs, 130 stopped by Ctrl-C."""
+    args = parse(argv)
+    return run_command("klray.ld3", lambda: _ld3(args), "The same command again goes on with what is missing.")
+
+
+def _ld3(args: Namespace) -> int:
+    import torch
+
+    from klray.discretize.ask import AskError, check_ask
+    from klray.tracking.find import checkpoint_folder
+    from klray.training.model import load_model
+
+    for flag, least in (("workers", 1), ("seed", 0), ("pairs", 1)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise AskError(f"--{flag} must be >= {least}, got {value}")
+    uri = None if args.tracking_uri == "off" else args.tracking_uri
+    clip = None if args.clip_x0 is None else args.clip_x0 == "yes"
+    checkpoint = checkpoint_folder(args.checkpoint, uri).resolve()
+    model = load_model(checkpoint, torch.device("cpu"), clip_x0=clip)
+    if args.list:
+        return _list(model)
+    if model.assumed is not None:
+        print(f"note: {model.assumed}")
+    jobs, ask = _jobs(args, model), _ask(args, model)
+    check_ask(ask, jobs)
+    return _learn(args, model, ask, jobs)
+
+
+def _jobs(args: Namespace, model: Model) -> list[Job]:
+    """Every solver with every NFE, checked as klray.sample checks them."""
+    from itertools import product
+
+    from klray.build import build_sampler
+    from klray.discretize.ask import Job
+    from klray.discretize.store import chosen
+    from klray.training.sampling import sampling_of
+
+    jobs = []
+    for solver, nfe in product(args.solvers, args.nfe):
+        asked = sampling_of(model, solver=solver, nfe=nfe, options=options_of(args.option) or None, timesteps="logsnr")
+        build_sampler(asked)
+        jobs.append(Job(solver, nfe, chosen(solver, asked.options)))
+    return jobs
+
+
+def _ask(args: Namespace, model: Model) -> Ask:
+    from klray.discretize.ask import PAIRS, Ask, fit_settings, teacher_of
+
+    fit = fit_settings(args.optimizer, args.set, loss=args.loss, space=args.space, seed=args.seed)
+    return Ask(
+        fit=fit,
+        teacher=teacher_of(args.teacher_solver, args.teacher_nfe, args.teacher_timesteps, model.schedule),
+        teacher_nfe=args.teacher_nfe,
+        teacher_grid=args.teacher_timesteps,
+        pairs=args.pairs or PAIRS[args.optimizer],
+        clip_x0=model.clip_x0,
+        warm_start=args.warm_start,
+    )
+
+
+def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
+    from klray.discretize.ask import AskError, plan_text
+    from klray.discretize.store import file_of, home_of, read
+    from klray.discretize.table import rows_of, text_of
+
+    home = home_of(model.folder)
+    missing, other = [], []
+    for job in jobs:
+        file = file_of(home, model.fingerprint, job.solver, job.options, job.nfe)
+        changed = read(file).same_training(ask.described()) if file.exists() else None
+        other += [f"{job.name} ({'; '.join(changed)})"] if changed else []
+        missing += [job] if changed or changed is None else []
+    if args.dry_run:
+        print(f"model       {model.folder} ({model.fingerprint})\n{plan_text(ask, jobs, missing, model.evals)}")
+        return 0
+    if other and not args.force:
+        raise AskError(f"learned with other settings: {other[0]}; --force replaces such schedules")
+    failures = _run(args, model, ask, missing, home) if missing else {}
+    files = [file_of(home, model.fingerprint, job.solver, job.options, job.nfe) for job in jobs]
+    rows = rows_of([read(file) for file in files if file.exists()])
+    if rows:
+        print(f"\nloss on {ask.fit.validation_pairs} pairs that were not trained on, but chose the best of the grids visited:\n{text_of(rows)}")
+    print(f"\nschedules   {home / 'schedules'}\nuse them    --timesteps learned")
+    for name, error in failures.items():
+        print(f"{name} failed: {error}")
+    if not missing:
+        print("finished before; nothing was learned again")
+    return 1 if failures else 0
+
+
+def _run(args: Namespace, model: Model, ask: Ask, missing: list[Job], home: Path) -> dict[str, str]:
+    """Learns what is missing; returns the jobs that failed."""
+    from functools import partial
+
+    from klray.cluster.connect import connect
+    from klray.cluster.ld3_pool import Ld3Pool, pool_size
+    from klray.cluster.ld3_teacher import taught
+    from klray.config import flatten
+    from klray.discretize.store import differences, stored
+    from klray.discretize.table import rows_of, write_csv
+    from klray.tracking.ld3_progress import Ld3Progress
+    from klray.tracking.mlflow_upload import resolve_uri
+    from klray.tracking.parent_run import parent_run
+    from klray.tracking.state import load_state
+    from klray.training.study_dir import open_study_folder
+
+    show = partial(print, flush=True)
+    described = {"model": model.fingerprint, **ask.described()}
+    now = flatten(described)
+    state = load_state(home)
+    asked = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or (state.uri if state else None)
+    uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
+    name = args.name or ask.name(model.fingerprint)
+    parent = home if state is not None and state.uri == uri else None
+    with open_study_folder(home / "ld3", name, described, partial(differences, described), may_grow="pairs") as folder:
+        show(f"{len(missing)} jobs of {ask.iterations} iterations; {name} in {folder}")
+        experiment = state.experiment if state else name
+        with parent_run(folder, uri, "ld3", now, experiment=experiment, parent_dir=parent) as writer:
+            connect()
+            workers = pool_size(args.workers)
+            pairs, costs = taught(home / "ld3" / "pairs", model, ask, workers=workers, show=show)
+            process = {} if model.config is None else model.config.process.model_dump(mode="json")
+            pool = Ld3Pool(model, home, ask, process, workers)
+            with Ld3Progress(folder / "trials", missing, ask.iterations, now, show) as progress:
+                failures = pool.run(missing, pairs, costs, progress)
+            rows = rows_of([each for _, each in stored(home) if each.model == model.fingerprint])
+            if rows:
+                write_csv(rows, folder / "table.csv")
+                writer.artifact(folder / "table.csv")
+            ratios = {f"ld3_over_best/{row['solver']}_nfe{row['nfe']:03d}": row["ld3_over_best"] for row in rows}
+            writer.metrics(len(rows), ratios)
+            writer.status("FAILED" if failures else "FINISHED")
+    return failures
+
+
+def _list(model: Model) -> int:
+    from klray.discretize.store import home_of, stored
+    from klray.discretize.table import rows_of, text_of
+
+    home = home_of(model.folder)
+    found = [each for _, each in stored(home)]
+    own = [each for each in found if each.model == model.fingerprint]
+    print(text_of(rows_of(own)) if own else f"no schedules of {model.fingerprint} in {home / 'schedules'}")
+    if len(own) < len(found):
+        print(f"and {len(found) - len(own)} of other weights")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

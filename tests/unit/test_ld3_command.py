@@ -1,0 +1,132 @@
+"""klray.ld3 before any work: what is wrong is one line, what would be done is told, and Ray is not started."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from klray import ld3
+from klray.discretize.store import keep
+from klray.training.model import Model, load_model
+from tests.models import klray_model
+from tests.unit.test_store import RECORD
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return klray_model(tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = ray_runs()
+    yield
+    assert ray_runs() == before
+
+
+def ray_runs() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def run(checkpoint: Path, *argv: str) -> int:
+    try:
+        return ld3.main(["--checkpoint", str(checkpoint), *argv])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def loaded(checkpoint: Path) -> Model:
+    return load_model(checkpoint, torch.device("cpu"))
+
+
+REFUSED = {
+    "sampling.solver must be one of ddim, heun,": ["--solvers", "unipc_3", "euler"],
+    "heun takes two evaluations a step, so its NFE must be even, got 5; try 6": [
+        "--solvers",
+        "heun",
+        "--nfe",
+        "4",
+        "5",
+    ],
+    "sampling.nfe must be greater than 0, got 0": ["--nfe", "0"],
+    "sampling.options of ipndm_3 are": ["--solvers", "ipndm_3", "--option", "variant=bh2"],
+    "--pairs must be >= 51, got 50: 50 of them only validate; give more, or --set validation_pairs=25": [
+        "--pairs",
+        "50",
+    ],
+    "--pairs must be >= 251, got 100": ["--optimizer", "adam", "--pairs", "100"],
+    "--pairs must be >= 1, got 0": ["--pairs", "0"],
+    "--workers must be >= 1, got 0": ["--workers", "0"],
+    "--seed must be >= 0, got -1": ["--seed", "-1"],
+    "--optimizer must be one of ld3, adam, got 'sgd'": ["--optimizer", "sgd"],
+    "argument --loss: invalid choice: 'lpips'": ["--loss", "lpips"],
+    "--set knows no 'rounds'; did you mean": ["--set", "rounds=1"],
+    "--set rounds_both must be an integer, got '1.5'": ["--set", "rounds_both=1.5"],
+    "--set output_scale must be true or false, got '3'": ["--set", "output_scale=3"],
+    "--set batch_size must be >= 1, got 0": ["--set", "batch_size=0"],
+    "--set takes KEY=VALUE, got 'lr'": ["--set", "lr"],
+    "--teacher-solver must be one of": ["--teacher-solver", "rk45"],
+    "--teacher-timesteps must be one of": ["--teacher-timesteps", "karras"],
+    "--teacher-nfe: heun takes two": ["--teacher-solver", "heun", "--teacher-nfe", "21"],
+    "--teacher-nfe must be above every --nfe, got 8 for 8": ["--teacher-nfe", "8"],
+    "unipc_3 at 4 NFE is asked for twice": ["--solvers", "unipc_3", "unipc_3", "--nfe", "4"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED, ids=[" ".join(argv) for argv in REFUSED.values()])
+def test_wrong_input_is_one_line(checkpoint: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path().rglob("*"))
+    assert run(checkpoint, *REFUSED[message]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("klray.ld3: ") and message in error and "\n" not in error
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_missing_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(Path("nowhere")) == 2
+    assert "no checkpoint at nowhere" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_the_jobs_and_writes_nothing(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path().rglob("*"))
+    assert run(checkpoint, "--solvers", "ddim", "heun", "--nfe", "4", "6", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    for job in ("ddim-nfe004", "ddim-nfe006", "heun-nfe004", "heun-nfe006"):
+        assert f"{job}  to learn, about" in printed
+    assert "100 pairs by unipc_3, logsnr, 20 NFE; 50 of them validate" in printed
+    assert "175 iterations" in printed
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_the_list_shows_what_the_model_has(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(checkpoint, "--list") == 0
+    assert "no schedules of" in capsys.readouterr().out
+    model = loaded(checkpoint)
+    keep(checkpoint_home(model), replace(RECORD, model=model.fingerprint))
+    keep(checkpoint_home(model), RECORD)
+    assert run(checkpoint, "--list") == 0
+    header, line, rest = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["solver", "nfe"]
+    assert line.split()[:2] == ["unipc_3", "4"]
+    assert rest == "and 1 of other weights"
+
+
+def checkpoint_home(model: Model) -> Path:
+    from klray.discretize.store import home_of
+
+    return home_of(model.folder.resolve())
+
+
+def test_what_was_learned_otherwise_is_not_replaced(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = loaded(checkpoint)
+    keep(checkpoint_home(model), replace(RECORD, model=model.fingerprint))
+    assert run(checkpoint, "--solvers", "unipc_3", "--nfe", "4") == 2
+    error = capsys.readouterr().err
+    assert "learned with other settings: unipc_3-nfe004 (" in error and "--force replaces such schedules" in error
