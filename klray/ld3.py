@@ -128,7 +128,8 @@ def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
     files = [file_of(home, model.fingerprint, job.solver, job.options, job.nfe) for job in jobs]
     rows = rows_of([read(file) for file in files if file.exists()])
     if rows:
-        print(f"\nloss on {ask.fit.validation_pairs} pairs that were not trained on, but chose the best of the grids visited:\n{text_of(rows)}")
+        header = f"loss on {ask.fit.validation_pairs} validation pairs, which chose the grid but did not train it"
+        print(f"\n{header}:\n{text_of(rows)}")
     print(f"\nschedules   {home / 'schedules'}\nuse them    --timesteps learned")
     for name, error in failures.items():
         print(f"{name} failed: {error}")

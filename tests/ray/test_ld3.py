@@ -66,7 +66,7 @@ def test_a_pool(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert schedule.validation_loss <= start["loss"]
         if not schedule.training["learned"]:
             assert schedule.timesteps == pytest.approx(start["timesteps"])
-    for line in printed.split("loss on 10 pairs")[1].splitlines()[2:6]:
+    for line in printed.split("loss on 10 validation pairs")[1].splitlines()[2:6]:
         assert line.split()[:2] in [[solver, str(nfe)] for solver, nfe in found]
     (pool,) = (path for path in (run_dir / "ld3").iterdir() if path.name != "pairs")
     assert (pool / "table.csv").exists()
