@@ -136,9 +136,14 @@ class Pages:
 
     def coloured(self, left: float = 0.0, right: float = 1.0) -> float:
         """The part of the plot's pixels, between two fractions of its width, that are neither white, grey nor black."""
-        png = self.browser.find_element("css selector", f"{PLOT} .svg-container").screenshot_as_png
-        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-        pixels = pixels[:, round(left * pixels.shape[1]) : round(right * pixels.shape[1])]
+        script = "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()"
+        x, y, width, height = map(
+            self.browser.execute_script(script, f"{PLOT} .main-svg").get, ("x", "y", "width", "height")
+        )
+        box = (x + left * width, y, x + right * width, y + height)
+        with Image.open(io.BytesIO(self.browser.get_screenshot_as_png())) as image:
+            part = image.convert("RGB").crop(tuple(map(round, box)))
+        pixels = np.asarray(part).astype(int)
         return float(((pixels.max(axis=2) - pixels.min(axis=2)) > 60).mean())
 
 

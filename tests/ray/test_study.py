@@ -70,7 +70,8 @@ def test_a_study_with_a_failing_trial(tmp_path: Path, capsys: pytest.CaptureFixt
     taken = folder / "trials" / "0001-seed0"
     taken.mkdir(parents=True)
     (taken / "run.json").write_text(json.dumps({"config": Config().model_dump(mode="json")}))
-    assert tune.main(["--space", str(file), "--name", "study", "--tracking-uri", "sqlite:///mlflow.db"]) == 1
+    command = ["--space", str(file), "--name", "study", "--trial-runner", "inline"]
+    assert tune.main([*command, "--tracking-uri", "sqlite:///mlflow.db"]) == 1
     printed = capsys.readouterr().out
     states = {t.user_attrs["chosen"]["process.num_terms"]: t.state for t in trials_of(folder)}
     assert states == {2: TrialState.COMPLETE, 3: TrialState.FAIL, 4: TrialState.COMPLETE}
@@ -103,7 +104,7 @@ def test_a_study_with_a_failing_trial(tmp_path: Path, capsys: pytest.CaptureFixt
 
     # The same command runs nothing again; another space under the name is refused, and so are fewer trials.
     before = {path: path.read_bytes() for path in folder.glob("trials/*/records.jsonl")}
-    assert tune.main(["--space", str(file), "--name", "study", "--tracking-uri", "off"]) == 1
+    assert tune.main([*command, "--tracking-uri", "off"]) == 1
     assert {path: path.read_bytes() for path in folder.glob("trials/*/records.jsonl")} == before
     capsys.readouterr()
     assert tune.main(["--space", str(file), "--name", "study", "--set", "budget.amount=700"]) == 2
