@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from klray.cli import Parser, add_sampling_flags, check_sampling_flags, options_of, run_command
+from klray.cli import Parser, add_sampling_flags, check_sampling_flags, columns, options_of, run_command
 
 if TYPE_CHECKING:
-    from klray.cluster.evaluate_job import Cell, Features
-    from klray.metrics.reference import Reference
-    from klray.tracking.evaluation_run import EvaluationRun
+    from klray.cluster.evaluate_job import Cell
     from klray.training.model import Model
 
 
@@ -58,17 +56,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: Namespace) -> int:
     import torch
-    from tqdm import tqdm
 
-    from klray.build import build_sampler
     from klray.cluster.connect import default_workers
-    from klray.cluster.evaluate_job import EvaluationTask, Features, measure
+    from klray.cluster.evaluate_job import Features
+    from klray.cluster.evaluation import Yardstick, evaluate_cells, open_evaluation, text_of
     from klray.metrics.features import find_extractor
     from klray.metrics.scores import check_metrics
     from klray.parallel.mesh import Mesh
     from klray.tracking.find import checkpoint_folder
+    from klray.tracking.mlflow_upload import resolve_uri
+    from klray.tracking.state import load_state
     from klray.training.model import load_model
-    from klray.training.sampling import Drawing, image_grid
+    from klray.training.sampling import Drawing
 
     _check(args)
     check_metrics(args.metrics)
@@ -76,38 +75,37 @@ def _evaluate(args: Namespace) -> int:
     clip = None if args.clip_x0 is None else args.clip_x0 == "yes"
     model = load_model(checkpoint, torch.device("cpu"), clip_x0=clip, mesh=Mesh(1, args.basis))
     cells = _cells(args, model)
-    samplers = [build_sampler(cell.sampling, cell.grid) for cell in cells]
     name, note = find_extractor(args.features, args.inception_weights)
-    features = Features(name, args.inception_weights)
     for text in (model.assumed, note, _too_few(args)):
         if text is not None:
             print(f"note: {text}", flush=True)
+    yardstick = Yardstick(
+        features=Features(name, args.inception_weights),
+        metrics=args.metrics,
+        num_samples=args.num_samples,
+        repeats=args.repeats,
+        seed=args.seed,
+        reference=args.reference,
+        reference_images=args.reference_images,
+        data=args.data,
+    )
     workers = args.workers or default_workers() * args.basis
-    reference = _reference(args, model, features, workers)
-    run = _run_of(args, model, features, reference)
-    described = [_describe(cell, sampler.nfe) for cell, sampler in zip(cells, samplers, strict=True)]
-    missing = [index for index, settings in enumerate(described) if not run.has(settings)]
-    blocks = [(cell, block, _seeds(args, block)) for cell in missing for block in range(args.repeats)]
-    task = EvaluationTask(Drawing(checkpoint, args.batch_size, clip, args.compile), cells, features)
-    found: list[Any] = []
-    with run, tqdm(total=len(blocks) * args.num_samples, unit=" images", smoothing=0.1, mininterval=0.5) as bar:
-        for result in measure(
-            task, blocks, args.metrics, reference, workers=workers, basis=args.basis, progress=bar.update
-        ):
-            found.append(result)
-            if len(found) < args.repeats:
-                continue
-            nfe = samplers[result.cell].nfe
-            row = {
-                **described[result.cell],
-                "network_evals": nfe * model.evals,
-                "images_per_s": args.num_samples * args.repeats / sum(each.seconds for each in found),
-                "scores": _over_blocks([each.scores for each in found]),
-            }
-            run.add(described[result.cell], row, image_grid(found[0].images))
-            found.clear()
-        rows = run.finish(("fid", "kid", "is", "precision", "recall"))
-    _print_table(rows)
+    reference = yardstick.images(model, workers)
+    parent = next((folder for folder in model.folder.parents if (folder / "run.json").exists()), None)
+    state = None if parent is None else load_state(parent)
+    uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or (state.uri if state else None)
+    run = open_evaluation(
+        model,
+        yardstick,
+        reference,
+        root=args.out or (Path("evaluations") if parent is None else parent / "evaluations"),
+        uri=None if uri == "off" else resolve_uri(uri, Path.cwd()),
+        experiment=args.experiment or (state.experiment if state else "klray"),
+        parent=parent,
+    )
+    drawing = Drawing(checkpoint, args.batch_size, clip, args.compile)
+    rows = evaluate_cells(model, cells, drawing, yardstick, reference, run, workers=workers, basis=args.basis)
+    print(columns(text_of(rows)))
     print(f"\nin {run.folder}: table.csv, quality.png, samples.png, and a folder for each cell")
     return 0
 
@@ -139,20 +137,6 @@ def _cells(args: Namespace, model: Model) -> list[Cell]:
     return cells
 
 
-def _describe(cell: Cell, nfe: int) -> dict[str, Any]:
-    """What tells a cell from others."""
-    from dataclasses import asdict
-
-    settings = cell.sampling.model_dump(mode="json", include={"solver", "timesteps", "options"})
-    points = {} if cell.grid is None else {"grid": asdict(cell.grid)}
-    return {**settings, **points, "nfe": nfe}
-
-
-def _seeds(args: Namespace, block: int) -> range:
-    first = args.seed + block * args.num_samples
-    return range(first, first + args.num_samples)
-
-
 def _too_few(args: Namespace) -> str | None:
     if "fid" not in args.metrics or args.num_samples >= 10_000:
         return None
@@ -160,91 +144,6 @@ def _too_few(args: Namespace) -> str | None:
         f"FID of {args.num_samples:,} images is biased upwards: compare it only with FIDs of as many images, and use "
         "--num-samples 10000 or more, or KID"
     )
-
-
-def _reference(args: Namespace, model: Model, features: Features, workers: int) -> Reference:
-    """Statistics of the images to compare with."""
-    from klray.cluster.evaluate_job import reference_features
-    from klray.config import ConfigError, load_config
-    from klray.metrics.reference import load_reference, read_npz
-    from klray.training.data import images_of
-
-    if args.reference.endswith(".npz"):
-        return read_npz(Path(args.reference))
-    if args.reference not in ("train", "held_out"):
-        raise ConfigError(f"--reference must be train, held_out or an .npz file, got {args.reference!r}")
-    config = model.config if args.data is None else load_config(args.data)
-    if config is None:
-        raise ConfigError("--data must name a preset: an imported model does not know its training images")
-    data = images_of(config.data)
-    images = getattr(data, args.reference)[: args.reference_images]
-    if images.shape[1:] != model.shape:
-        raise ConfigError(f"the model draws images {list(model.shape)}, --data holds {list(images.shape[1:])}")
-    name = args.reference if args.reference_images is None else f"{args.reference}_{len(images)}"
-    return load_reference(
-        images, data.fingerprint, name, features.name, lambda all_: reference_features(all_, features, workers)
-    )
-
-
-def _run_of(args: Namespace, model: Model, features: Features, reference: Reference) -> EvaluationRun:
-    import hashlib
-    import json
-
-    from klray.tracking.evaluation_run import EvaluationRun
-    from klray.tracking.mlflow_upload import resolve_uri
-    from klray.tracking.state import load_state
-    from klray.tracking.train_run import git_commit, hardware
-    from klray.training.checkpoint import read_state
-
-    about = {
-        "evaluation.model": model.fingerprint,
-        "evaluation.num_samples": args.num_samples,
-        "evaluation.repeats": args.repeats,
-        "evaluation.seed": args.seed,
-        "evaluation.metrics": " ".join(args.metrics),
-        "evaluation.features": features.name,
-        "evaluation.reference": reference.name,
-        "evaluation.reference_images": reference.count,
-        "evaluation.reference_fingerprint": reference.fingerprint,
-        "evaluation.clip_x0": model.clip_x0,
-    }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
-    parent = next((folder for folder in model.folder.parents if (folder / "run.json").exists()), None)
-    state = None if parent is None else load_state(parent)
-    uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or (state.uri if state else None)
-    uri = None if uri == "off" else resolve_uri(uri, Path.cwd())
-    root = args.out or (Path("evaluations") if parent is None else parent / "evaluations")
-    return EvaluationRun(
-        root.resolve() / f"{features.name}-{reference.name}-{args.num_samples}-{digest}",
-        uri=uri,
-        experiment=args.experiment or (state.experiment if state else "klray"),
-        parent_dir=parent if state is not None and state.uri == uri else None,
-        about=about,
-        tags={"klray.git": git_commit(), "klray.hardware": hardware(), "klray.checkpoint": str(model.folder)},
-        step=0 if model.config is None else read_state(model.folder)["progress"]["images_seen"],
-    )
-
-
-def _over_blocks(scores: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the blocks, and of more than one their standard deviations as ``<score>_sd``."""
-    from statistics import fmean, stdev
-
-    means = {key: fmean(block[key] for block in scores) for key in scores[0]}
-    if len(scores) > 1:
-        means |= {f"{key}_sd": stdev(block[key] for block in scores) for key in scores[0] if not key.endswith("_std")}
-    return means
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    fixed = ["solver", "timesteps", "nfe", "network_evals"]
-    scores = [key for key in rows[0] if key not in (*fixed, "options", "grid")]
-    lines = [[*fixed, *scores]]
-    lines += [
-        [*(str(row[key]) for key in fixed), *(f"{row.get(key, float('nan')):.5g}" for key in scores)] for row in rows
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

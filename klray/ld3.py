@@ -6,14 +6,14 @@ One LD3 job for each solver and NFE on a pool of workers; klray.sample and klray
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from klray.cli import Parser, options_of, run_command
+from klray.cli import Parser, columns, options_of, run_command
 
 if TYPE_CHECKING:
+    from klray.cluster.ld3_job import Measuring
     from klray.discretize.ask import Ask, Job
     from klray.training.model import Model
 
@@ -28,14 +28,21 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--clip-x0", choices=("yes", "no"), help="clamp x0 to [-1, 1] (default: the model's)")
     parser.add_argument("--optimizer", default="ld3", help="ld3 (default), or adam, made for more pairs")
     parser.add_argument("--pairs", type=int, help="noises with the teacher's images (default: ld3 100, adam 1000)")
-    parser.add_argument("--loss", choices=("l1", "l2"), help="between student's and teacher's images (default l2)")
+    parser.add_argument("--loss", help="l2 (default), l1, efficientnet_lite0 (a distance of its features), lpips_vgg")
+    parser.add_argument("--lpips-weights", nargs=2, type=Path, metavar=("VGG16", "LPIPS"), help="files, for lpips_vgg")
     parser.add_argument("--space", choices=("lam", "time"), help="in which the steps are laid out (default lam)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of the fit")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the pairs (default 0)")
+    parser.add_argument("--seeds", type=int, default=1, help="fits of each, of which the best is used (default 1)")
     parser.add_argument("--teacher-solver", default="unipc_3", metavar="SOLVER")
     parser.add_argument("--teacher-nfe", type=int, default=20, metavar="N")
     parser.add_argument("--teacher-timesteps", default="logsnr", metavar="NAME")
     parser.add_argument("--warm-start", action="store_true", help="start also from grids learned at other NFE")
+    parser.add_argument(
+        "--num-samples", type=int, default=0, metavar="N", help="then score N images a grid (default 0)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="blocks of N images each (default 3)")
+    parser.add_argument("--features", help="of the scores, as for klray.evaluate")
+    parser.add_argument("--all-fixed", action="store_true", help="score all fixed grids, not only the best by its loss")
     parser.add_argument("--workers", type=int, help="jobs at once (default: one for each GPU, else each CPU)")
     parser.add_argument("--name", help="of the pool's folder and MLflow run (default: ld3 + hash of what is asked)")
     parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is; off for none")
@@ -58,10 +65,12 @@ def _ld3(args: Namespace) -> int:
     from klray.tracking.find import checkpoint_folder
     from klray.training.model import load_model
 
-    for flag, least in (("workers", 1), ("seed", 0), ("pairs", 1)):
+    for flag, least in (("workers", 1), ("seeds", 1), ("pairs", 1), ("repeats", 1), ("num_samples", 0)):
         value = getattr(args, flag)
         if value is not None and value < least:
-            raise AskError(f"--{flag} must be >= {least}, got {value}")
+            raise AskError(f"--{flag.replace('_', '-')} must be >= {least}, got {value}")
+    if args.num_samples == 1:
+        raise AskError("--num-samples must be 0, for no images, or >= 2, got 1")
     uri = None if args.tracking_uri == "off" else args.tracking_uri
     clip = None if args.clip_x0 is None else args.clip_x0 == "yes"
     checkpoint = checkpoint_folder(args.checkpoint, uri).resolve()
@@ -88,14 +97,14 @@ def _jobs(args: Namespace, model: Model) -> list[Job]:
     for solver, nfe in product(args.solvers, args.nfe):
         asked = sampling_of(model, solver=solver, nfe=nfe, options=options_of(args.option) or None, timesteps="logsnr")
         build_sampler(asked)
-        jobs.append(Job(solver, nfe, chosen(solver, asked.options)))
+        jobs += [Job(solver, nfe, chosen(solver, asked.options), seed) for seed in range(args.seeds)]
     return jobs
 
 
 def _ask(args: Namespace, model: Model) -> Ask:
     from klray.discretize.ask import PAIRS, Ask, fit_settings, teacher_of
 
-    fit = fit_settings(args.optimizer, args.set, loss=args.loss, space=args.space, seed=args.seed)
+    fit = fit_settings(args.optimizer, args.set, loss=args.loss, space=args.space)
     return Ask(
         fit=fit,
         teacher=teacher_of(args.teacher_solver, args.teacher_nfe, args.teacher_timesteps, model.schedule),
@@ -104,32 +113,37 @@ def _ask(args: Namespace, model: Model) -> Ask:
         pairs=args.pairs or PAIRS[args.optimizer],
         clip_x0=model.clip_x0,
         warm_start=args.warm_start,
+        lpips_weights=None if args.lpips_weights is None else tuple(args.lpips_weights),
     )
 
 
 def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
+    from functools import partial
+
+    from klray.cluster.ld3_job import Ld3Job
     from klray.discretize.ask import AskError, plan_text
-    from klray.discretize.store import file_of, home_of, read
+    from klray.discretize.store import home_of
     from klray.discretize.table import rows_of, text_of
+    from klray.metrics.verdicts import quality_lines
 
     home = home_of(model.folder)
-    missing, other = [], []
-    for job in jobs:
-        file = file_of(home, model.fingerprint, job.solver, job.options, job.nfe)
-        changed = read(file).same_training(ask.described()) if file.exists() else None
-        other += [f"{job.name} ({'; '.join(changed)})"] if changed else []
-        missing += [job] if changed or changed is None else []
+    job = Ld3Job(model, home, ask, jobs, args.name, args.tracking_uri, args.workers, _measuring(args))
+    missing, other = job.plan()
     if args.dry_run:
         print(f"model       {model.folder} ({model.fingerprint})\n{plan_text(ask, jobs, missing, model.evals)}")
         return 0
     if other and not args.force:
         raise AskError(f"learned with other settings: {other[0]}; --force replaces such schedules")
-    failures = _run(args, model, ask, missing, home) if missing else {}
-    files = [file_of(home, model.fingerprint, job.solver, job.options, job.nfe) for job in jobs]
-    rows = rows_of([read(file) for file in files if file.exists()])
-    if rows:
+    failures: dict[str, str] = {}
+    quality: list[dict[str, Any]] = []
+    if missing or job.measuring is not None:
+        failures, quality = job.run(missing, partial(print, flush=True))
+    if schedules := job.schedules():
         header = f"loss on {ask.fit.validation_pairs} validation pairs, which chose the grid but did not train it"
-        print(f"\n{header}:\n{text_of(rows)}")
+        print(f"\n{header}:\n{text_of(rows_of(schedules))}")
+    if quality:
+        count = f"{args.repeats} x {args.num_samples:,} images, mean and deviation over these blocks"
+        print(f"\n1000 x KID of {count}:\n{columns(quality_lines(quality))}")
     print(f"\nschedules   {home / 'schedules'}\nuse them    --timesteps learned")
     for name, error in failures.items():
         print(f"{name} failed: {error}")
@@ -138,49 +152,17 @@ def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
     return 1 if failures else 0
 
 
-def _run(args: Namespace, model: Model, ask: Ask, missing: list[Job], home: Path) -> dict[str, str]:
-    """Learns what is missing; returns the jobs that failed."""
-    from functools import partial
+def _measuring(args: Namespace) -> Measuring | None:
+    from klray.cluster.evaluate_job import Features
+    from klray.cluster.ld3_job import Measuring
+    from klray.metrics.features import find_extractor
 
-    from klray.cluster.connect import connect
-    from klray.cluster.ld3_pool import Ld3Pool, pool_size
-    from klray.cluster.ld3_teacher import taught
-    from klray.config import flatten
-    from klray.discretize.store import differences, stored
-    from klray.discretize.table import rows_of, write_csv
-    from klray.tracking.ld3_progress import Ld3Progress
-    from klray.tracking.mlflow_upload import resolve_uri
-    from klray.tracking.parent_run import parent_run
-    from klray.tracking.state import load_state
-    from klray.training.study_dir import open_study_folder
-
-    show = partial(print, flush=True)
-    described = {"model": model.fingerprint, **ask.described()}
-    now = flatten(described)
-    state = load_state(home)
-    asked = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or (state.uri if state else None)
-    uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
-    name = args.name or ask.name(model.fingerprint)
-    parent = home if state is not None and state.uri == uri else None
-    with open_study_folder(home / "ld3", name, described, partial(differences, described), may_grow="pairs") as folder:
-        show(f"{len(missing)} jobs of {ask.iterations} iterations; {name} in {folder}")
-        experiment = state.experiment if state else name
-        with parent_run(folder, uri, "ld3", now, experiment=experiment, parent_dir=parent) as writer:
-            connect()
-            workers = pool_size(args.workers)
-            pairs, costs = taught(home / "ld3" / "pairs", model, ask, workers=workers, show=show)
-            process = {} if model.config is None else model.config.process.model_dump(mode="json")
-            pool = Ld3Pool(model, home, ask, process, workers)
-            with Ld3Progress(folder / "trials", missing, ask.iterations, now, show) as progress:
-                failures = pool.run(missing, pairs, costs, progress)
-            rows = rows_of([each for _, each in stored(home) if each.model == model.fingerprint])
-            if rows:
-                write_csv(rows, folder / "table.csv")
-                writer.artifact(folder / "table.csv")
-            ratios = {f"ld3_over_best/{row['solver']}_nfe{row['nfe']:03d}": row["ld3_over_best"] for row in rows}
-            writer.metrics(len(rows), ratios)
-            writer.status("FAILED" if failures else "FINISHED")
-    return failures
+    if args.num_samples == 0:
+        return None
+    name, note = find_extractor(args.features)
+    if note is not None:
+        print(f"note: {note}")
+    return Measuring(Features(name), args.num_samples, args.repeats, args.all_fixed)
 
 
 def _list(model: Model) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +15,22 @@ from torch import Tensor
 
 from klray.cluster.connect import cluster_size
 from klray.cluster.pool import Place, Report, Work, run_jobs
-from klray.discretize.ask import Ask, Job
+from klray.core.timesteps import TIMESTEPS
+from klray.discretize.ask import EFFICIENTNET, Ask, Job
 from klray.discretize.baselines import baseline_grids
 from klray.discretize.fit import fit_timesteps
 from klray.discretize.gits import GitsCosts
 from klray.discretize.learned_schedule import LearnedSchedule
-from klray.discretize.store import StoredSchedule, chosen, keep, stored
+from klray.discretize.perceptual import Distance, FeatureDistance
+from klray.discretize.store import DMN, GITS, StoredSchedule, chosen, file_of, keep, read, stored
 from klray.discretize.teacher import TeacherPairs
+from klray.metrics.feature_maps import efficientnet_maps, lpips_vgg
 from klray.tracking.ld3_progress import Ld3Progress
 from klray.tracking.train_run import git_commit, hardware
+from klray.training.data import to_uint8
 from klray.training.model import Model, load_model
+
+SHOWN = 8  # images of each grid
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,15 @@ class FitTask:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """What a job gives back: the schedule, the grids it had to beat, and images uint8 [n, C, H, W] of some of them."""
+
+    learned: LearnedSchedule
+    grids: dict[str, list[float]]
+    images: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Ld3Pool:
     """The jobs of one model.
 
@@ -50,6 +65,7 @@ class Ld3Pool:
         home: where schedules are kept.
         process: what the model was trained on, for the record.
         workers: that learn at the same time.
+        cpus_per_worker: as for ``run_jobs``.
     """
 
     model: Model
@@ -57,6 +73,7 @@ class Ld3Pool:
     ask: Ask
     process: Mapping[str, Any]
     workers: int
+    cpus_per_worker: float | None = None
 
     def run(self, jobs: Sequence[Job], pairs: TeacherPairs, costs: GitsCosts, progress: Ld3Progress) -> dict[str, str]:
         """Learns every job's schedule, the largest NFE first, and keeps each as soon as it is there.
@@ -73,6 +90,7 @@ class Ld3Pool:
             FitTask(self.model.folder, self.ask, arrays, costs, home),
             ordered,
             workers=self.workers,
+            cpus_per_worker=self.cpus_per_worker,
             on_report=lambda index, report: progress.running(ordered[index].name, *report),
         ):
             job = ordered[outcome.index]
@@ -80,24 +98,29 @@ class Ld3Pool:
                 failures[job.name] = outcome.error
                 progress.failed(job.name, outcome.error)
                 continue
-            learned, grids = outcome.value
-            schedule = self._record(job, learned, grids)
-            file = keep(self.home, schedule)
-            copy = progress.folder / job.name / "schedule.json"
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(file.read_text())
+            fitted: Fitted = outcome.value
+            schedule = self._record(job, fitted)
+            keep(self.home, self._of_all_seeds(schedule))
             lam = self.model.schedule.lam
-            lams = {name: lam(torch.tensor(grid, dtype=torch.float64)).tolist() for name, grid in grids.items()}
-            progress.ended(job.name, schedule, lams)
+            lams = {name: lam(torch.tensor(grid, dtype=torch.float64)).tolist() for name, grid in fitted.grids.items()}
+            progress.ended(job.name, schedule, lams, fitted.images)
         return failures
 
-    def training(self) -> dict[str, Any]:
-        """What decides the result of every job; a schedule that was learned in the same way is not learned again."""
-        return self.ask.described()
+    def _of_all_seeds(self, new: StoredSchedule) -> StoredSchedule:
+        """The better of this one and what other seeds gave, which is what sampling uses."""
+        file = file_of(self.home, new.model, new.solver, new.options, new.nfe)
+        before = read(file) if file.exists() else None
+        if before is None or before.same_training(self.ask.described()):
+            return new
+        best = min(before, new, key=lambda each: each.validation_loss)
+        return replace(best, training={**best.training, "seeds": before.training["seeds"] | new.training["seeds"]})
 
-    def _record(self, job: Job, learned: LearnedSchedule, grids: Mapping[str, list[float]]) -> StoredSchedule:
+    def _record(self, job: Job, fitted: Fitted) -> StoredSchedule:
+        learned, grids = fitted.learned, fitted.grids
         about = {
-            **self.training(),
+            **self.ask.described(),
+            "seed": job.seed,
+            "seeds": {str(job.seed): learned.validation_loss},
             "start": learned.start,
             "learned": learned.learned,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -132,11 +155,12 @@ def pool_size(asked: int | None) -> int:
 def _prepare(place: Place, task: FitTask) -> Work:
     """Loads the model and the pairs once for all jobs of this worker."""
     model = load_model(task.checkpoint, place.device, clip_x0=task.ask.clip_x0)
+    distance = _distance(task.ask, place.device)
     arrays = ray.get(task.pairs)
     noise, images = (torch.tensor(arrays[key], device=place.device) for key in ("noise", "images"))
     pairs = TeacherPairs(noise, images)
 
-    def learn(job: Job, report: Report) -> tuple[LearnedSchedule, dict[str, list[float]]]:
+    def learn(job: Job, report: Report) -> Fitted:
         grids = baseline_grids(model.schedule, job.solver, job.nfe, task.costs)
         starts: dict[str, Tensor | tuple[Tensor, Tensor | None]] = dict(grids)
         learned = fit_timesteps(
@@ -145,14 +169,41 @@ def _prepare(place: Place, task: FitTask) -> Work:
             job.solver,
             job.nfe,
             pairs,
-            task.ask.fit,
+            replace(task.ask.fit, seed=job.seed),
             lambda iteration, numbers: report((iteration, numbers)),
             options=job.options,
             starts=starts | (_warm(task.home, model.fingerprint, job) if task.home is not None else {}),
+            distance=distance,
         )
-        return learned, {name: grid.tolist() for name, grid in grids.items()}
+        plain = {name: grid.tolist() for name, grid in grids.items()}
+        return Fitted(learned, plain, _images(model, learned, plain, pairs[-SHOWN:]))
 
     return learn
+
+
+@torch.no_grad()
+def _images(
+    model: Model, learned: LearnedSchedule, grids: Mapping[str, list[float]], pairs: TeacherPairs
+) -> dict[str, Tensor]:
+    """Side by side: what the teacher, the best fixed grid, GITS, DMN and LD3 make of validation noises."""
+    losses = learned.start_losses
+    best = sorted((name for name in TIMESTEPS if name in losses), key=lambda name: losses[name])[:1]
+    shown = {"teacher": pairs.images}
+    for name in (*best, GITS, DMN):
+        if name in grids:
+            baseline = replace(learned, timesteps=grids[name], model_timesteps=grids[name], scale=None)
+            shown[name] = baseline.sample(model.denoiser, model.schedule, pairs.noise)
+    shown["ld3"] = learned.sample(model.denoiser, model.schedule, pairs.noise)
+    return {name: to_uint8(images).cpu() for name, images in shown.items()}
+
+
+def _distance(ask: Ask, device: torch.device) -> Distance | None:
+    """The loss where it is a network's; None where ``fit_timesteps`` knows it."""
+    if ask.fit.loss == EFFICIENTNET:
+        return FeatureDistance(efficientnet_maps(device))
+    if ask.lpips_weights is not None:
+        return FeatureDistance(*lpips_vgg(*ask.lpips_weights, device))
+    return None
 
 
 def _warm(home: Path, model: str, job: Job) -> dict[str, tuple[Tensor, Tensor | None]]:

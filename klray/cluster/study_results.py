@@ -12,6 +12,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from klray.cli import columns
 from klray.cluster.study_search import DIVERGED, open_study, trial_name
 from klray.comparison.curves import half_width
 from klray.space import Space
@@ -84,8 +85,7 @@ def table(space: Space, rows: Sequence[TrialRow]) -> str:
             line.append(value if half is None else f"{value} ± {half:.2g}")
         used = [f"{row.used[key]:,.0f}" if key in row.used else "" for key in COSTS]
         lines.append([*line, f"{row.used.get('budget_used', 0):.0%}", *used])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return columns(lines)
 
 
 def train_command(space: Space, row: TrialRow) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,11 +16,14 @@ from klray.core.schedule import Schedule
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.discretize.fit_settings import ADAM, FitSettings
+from klray.discretize.perceptual import DISTANCES
 from klray.discretize.teacher import Teacher
 from klray.errors import UserError
 
 FIRST_SEED = 1 << 30  # of the pairs' noises: far from the seeds of the images that are drawn and evaluated
 PAIRS = {"ld3": 100, "adam": 1000}
+EFFICIENTNET, LPIPS = "efficientnet_lite0", "lpips_vgg"
+LOSSES = (*DISTANCES, EFFICIENTNET, LPIPS)
 
 
 class AskError(UserError):
@@ -33,12 +37,18 @@ class Job:
     solver: str
     nfe: int
     options: Mapping[str, Any]
+    seed: int = 0  # of the order of the pairs
+
+    @property
+    def use(self) -> tuple[str, int, Mapping[str, Any]]:
+        """What the schedule is for; jobs of several seeds have one."""
+        return self.solver, self.nfe, self.options
 
     @property
     def name(self) -> str:
         """Also of its folder."""
         picked = "".join(f"-{key}_{value}" for key, value in self.options.items())
-        return f"{self.solver}-nfe{self.nfe:03d}{picked}"
+        return f"{self.solver}-nfe{self.nfe:03d}{picked}" + (f"-seed{self.seed:03d}" if self.seed else "")
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Ask:
         pairs: how many.
         clip_x0: whether the model clamps x0_hat.
         warm_start: whether a job also starts from what is learned at other NFE.
+        lpips_weights: the files of VGG16's and LPIPS' weights, for that loss.
     """
 
     fit: FitSettings
@@ -60,6 +71,7 @@ class Ask:
     pairs: int
     clip_x0: bool
     warm_start: bool = False
+    lpips_weights: tuple[Path, Path] | None = None
 
     @property
     def seeds(self) -> range:
@@ -73,10 +85,12 @@ class Ask:
         return rounds * -(-(self.pairs - self.fit.validation_pairs) // self.fit.batch_size)
 
     def described(self) -> dict[str, Any]:
-        """Everything that decides what is learned of a model; plain values."""
+        """Everything that decides what is learned of a model, but for the seed of a job; plain values."""
         settings: dict[str, Any] = asdict(self)
         del settings["teacher"]["timesteps"]  # which the grid's name and the model settle
-        return settings
+        del settings["fit"]["seed"]
+        files = settings.pop("lpips_weights")
+        return settings if files is None else {**settings, "lpips_weights": [_sha256(file) for file in files]}
 
     def name(self, model: str) -> str:
         """Of a pool that learns this for the model of a fingerprint."""
@@ -154,11 +168,25 @@ def check_ask(ask: Ask, jobs: Sequence[Job]) -> None:
             f"--pairs must be >= {least}, got {ask.pairs}: {ask.fit.validation_pairs} of them only validate; "
             f"give more, or --set validation_pairs={max(1, ask.pairs // 2)}"
         )
+    if ask.fit.loss not in LOSSES:
+        close = difflib.get_close_matches(ask.fit.loss, LOSSES, n=1, cutoff=0.0)[0]
+        raise AskError(f"--loss must be one of {', '.join(LOSSES)}, got {ask.fit.loss!r}; the nearest is {close}")
+    if (ask.fit.loss == LPIPS) != (ask.lpips_weights is not None):
+        files = "VGG16.pth LPIPS.pth, torchvision's and LPIPS' own,"
+        raise AskError(f"--loss {LPIPS} and --lpips-weights {files} go together; without them: --loss {EFFICIENTNET}")
+    for file in ask.lpips_weights or ():
+        if not file.is_file():
+            raise AskError(f"--lpips-weights: no file {file}")
     for job in jobs:
         if jobs.count(job) > 1:
-            raise AskError(f"{job.solver} at {job.nfe} NFE is asked for twice")
+            again = f" with seed {job.seed}" if job.seed else ""
+            raise AskError(f"{job.solver} at {job.nfe} NFE{again} is asked for twice")
         if job.nfe >= ask.teacher_nfe:
             raise AskError(f"--teacher-nfe must be above every --nfe, got {ask.teacher_nfe} for {job.nfe}")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _value(key: str, text: str, kind: type) -> Any:

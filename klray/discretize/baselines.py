@@ -16,8 +16,7 @@ from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.discretize.dmn import dmn_grid
 from klray.discretize.gits import GitsCosts, gits_grid_from
-
-GITS, DMN = "gits", "dmn"
+from klray.discretize.store import DMN, GITS
 
 
 def baseline_grids(schedule: Schedule, solver: str, nfe: int, costs: GitsCosts) -> dict[str, Tensor]:

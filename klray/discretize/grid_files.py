@@ -14,7 +14,7 @@ import torch
 from klray.build import Grid, build_sampler
 from klray.config import Sampling
 from klray.core.schedule import Schedule
-from klray.discretize.store import LEARNED, check, find, home_of, read
+from klray.discretize.store import DMN, GITS, LEARNED, check, find, home_of, read
 from klray.errors import UserError
 
 UNITS = ("t", "edm_sigma", "lam")
@@ -41,7 +41,8 @@ def is_grid_file(name: str) -> bool:
 
 
 def grid_of(timesteps: str | None, model: SampledModel, asked: Sampling, *, force: bool = False) -> Grid | None:
-    """What ``--timesteps`` names: the grid learned for this, the one in a file, None for the name of a grid.
+    """What ``--timesteps`` names: the grid learned for this, the GITS or DMN grid that it was measured against, the one
+    in a file; None for the name of a fixed grid.
 
     Args:
         asked: the sampling settings otherwise, whose solver, options and NFE a learned grid has to be for.
@@ -50,13 +51,18 @@ def grid_of(timesteps: str | None, model: SampledModel, asked: Sampling, *, forc
     Raises:
         GridError, StoreError, ConfigError: as ``read_grid``, ``find`` and ``build_sampler``.
     """
-    if timesteps is None or not (timesteps == LEARNED or is_grid_file(timesteps)):
+    if timesteps is None or not (timesteps in (LEARNED, GITS, DMN) or is_grid_file(timesteps)):
         return None
-    if timesteps == LEARNED:
+    if not is_grid_file(timesteps):
         sampler = build_sampler(asked.model_copy(update={"timesteps": "logsnr"}))
         home = home_of(model.folder.resolve())
         file = find(home, model.fingerprint, asked.solver, asked.options, sampler.nfe, force=force)
-        return read_grid(file, model.schedule)
+        if timesteps == LEARNED:
+            return read_grid(file, model.schedule)
+        baselines = read(file).baselines
+        if timesteps not in baselines:
+            raise GridError(f"{file} has no {timesteps} grid: it was measured against {', '.join(baselines)}")
+        return Grid(baselines[timesteps]["timesteps"])
     file = Path(timesteps)
     grid = read_grid(file, model.schedule)
     if not force and file.suffix == ".json" and "format" in _from_json(file):

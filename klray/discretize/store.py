@@ -16,7 +16,7 @@ from klray.core.solvers import SOLVERS
 from klray.errors import UserError
 
 FORMAT = 1
-LEARNED = "learned"  # what --timesteps calls the store
+LEARNED, GITS, DMN = "learned", "gits", "dmn"  # what --timesteps takes from the store
 
 
 class StoreError(UserError):
@@ -32,7 +32,8 @@ class StoredSchedule:
         process: the noise process it was trained on.
         solver, options, nfe: what the grid is for; options without those that are the solver's defaults.
         timesteps, model_timesteps, lam: [N + 1] each. scale: [N], or None.
-        training: how it was learned: settings, teacher, pairs, the start, whether learning beat it.
+        training: how it was learned: settings, teacher, pairs, the start, whether learning beat it; ``seeds``: the
+            validation loss of every seed that was tried, of which ``seed`` is this one.
         validation_loss: mean loss on the pairs that were not trained on, but chose among the grids visited.
         baselines: name of a grid -> its ``loss`` on the same pairs and its ``timesteps``.
         metrics: numbers on the fit.
@@ -81,6 +82,11 @@ def file_of(home: Path, model: str, solver: str, options: Mapping[str, Any], nfe
     return home / "schedules" / f"{solver}-nfe{nfe:03d}{digest}-{model}.json"
 
 
+def json_text(schedule: StoredSchedule) -> str:
+    """What a schedule's file holds; floats keep every bit."""
+    return json.dumps({"format": FORMAT, **asdict(schedule)}, indent=1, allow_nan=False) + "\n"
+
+
 def keep(home: Path, schedule: StoredSchedule) -> Path:
     """Writes a schedule aside and renames it; one that is there is replaced.
 
@@ -91,7 +97,7 @@ def keep(home: Path, schedule: StoredSchedule) -> Path:
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps({"format": FORMAT, **asdict(schedule)}, indent=1, allow_nan=False) + "\n")
+        aside.write_text(json_text(schedule))
         aside.replace(file)
     except OSError as error:
         raise StoreError(f"cannot write to {file.parent}: {error.strerror}") from error

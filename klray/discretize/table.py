@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from klray.cli import columns
 from klray.core.timesteps import TIMESTEPS
 from klray.discretize.store import StoredSchedule
 
@@ -18,23 +19,24 @@ def rows_of(schedules: Sequence[StoredSchedule]) -> list[dict[str, Any]]:
     rows = []
     for each in sorted(schedules, key=lambda each: (each.solver, sorted(each.options.items()), each.nfe)):
         losses = {name: baseline["loss"] for name, baseline in each.baselines.items()}
-        fixed = {name: loss for name, loss in losses.items() if name in TIMESTEPS} or losses
-        best = min(fixed, key=lambda name: fixed[name])
+        best = best_fixed(each)
         options = "".join(f",{key}={value}" for key, value in each.options.items())
-        ratio = each.validation_loss / fixed[best] if fixed[best] > 0 else 1.0
+        ratio = each.validation_loss / losses[best] if losses[best] > 0 else 1.0
         row = {"solver": each.solver + options, "nfe": each.nfe, **losses, LD3: each.validation_loss}
         rows.append({**row, "best_fixed": best, "ld3_over_best": ratio})
     return rows
 
 
+def best_fixed(schedule: StoredSchedule) -> str:
+    """The fixed grid with the least validation loss."""
+    losses = {name: baseline["loss"] for name, baseline in schedule.baselines.items()}
+    return min([name for name in losses if name in TIMESTEPS] or losses, key=lambda name: losses[name])
+
+
 def text_of(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in columns; a grid that has no loss is -."""
-    columns = _columns(rows)
-    lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    names = _columns(rows)
+    return columns([names, *([_cell(row.get(name)) for name in names] for row in rows)])
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:

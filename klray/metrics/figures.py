@@ -86,6 +86,19 @@ def grids_figure(lams: Mapping[str, Sequence[float]], learned: str, title: str, 
     _save(figure, path)
 
 
+def rows_figure(pictures: Mapping[str, np.ndarray], title: str, path: Path) -> None:
+    """Pictures uint8 [h, w, 3] of equal size below each other, each by its name."""
+    height, width, _ = next(iter(pictures.values())).shape
+    figure, axes = _figure(len(pictures), 1, width=7.0, height=6.0 * height / width + 0.1)
+    for axis, (name, picture) in zip(axes.flat, pictures.items(), strict=True):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="medium")
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(title, fontsize="medium")
+    _save(figure, path)
+
+
 def _by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     methods: dict[tuple[str, str], list[Row]] = {}
     for row in rows:

@@ -72,6 +72,10 @@ class EvaluationRun:
         """Whether a cell was measured already."""
         return (self._cell(sampling) / RESULT).exists()
 
+    def row(self, sampling: Mapping[str, Any]) -> Row:
+        """What a cell that was measured gave, scores among it."""
+        return _flat(json.loads((self._cell(sampling) / RESULT).read_text()))
+
     def add(self, sampling: Mapping[str, Any], row: Row, picture: np.ndarray) -> None:
         """Keeps a cell: its settings; its row, with solver, timesteps, nfe, network_evals, images_per_s and ``scores``;
         its grid of images, uint8 [h, w, 3]."""
@@ -94,8 +98,7 @@ class EvaluationRun:
         """Writes table and figures over all cells of the folder and sends them; returns the rows, scores among them."""
         files = sorted(self.folder.glob(f"cells/*/{RESULT}"))
         results: list[Row] = [json.loads(file.read_text()) for file in files]
-        hidden = ("scores", "step", "metrics")
-        rows = [{key: row[key] for key in row if key not in hidden} | row["scores"] for row in results]
+        rows = [_flat(result) for result in results]
         pictures = [np.asarray(Image.open(file.parent / "samples.png").convert("RGB")) for file in files]
         drawn = [score for score in scores if all(score in row for row in rows)]
         with (self.folder / "table.csv").open("w", newline="") as file:
@@ -129,3 +132,7 @@ class EvaluationRun:
         return Uploader(
             folder, self.uri, self.experiment, name, tags=self.tags, parent_dir=parent, close_timeout=patience
         )
+
+
+def _flat(result: Row) -> Row:
+    return {key: result[key] for key in result if key not in ("scores", "step", "metrics")} | result["scores"]

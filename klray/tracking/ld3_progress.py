@@ -8,11 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from klray.cli import duration
 from klray.discretize.ask import Job
-from klray.discretize.store import StoredSchedule
-from klray.metrics.figures import grids_figure
+from klray.discretize.store import StoredSchedule, json_text
+from klray.metrics.figures import grids_figure, rows_figure
 from klray.tracking.records import RecordWriter
+from klray.training.sampling import image_grid
 
 LD3 = "ld3"
 
@@ -78,14 +81,22 @@ class Ld3Progress:
             for name, numbers in self._running.items()
         ]
 
-    def ended(self, name: str, schedule: StoredSchedule, lams: Mapping[str, list[float]]) -> None:
-        """A job's result; ``lams``: of the grids it is drawn against."""
+    def ended(
+        self,
+        name: str,
+        schedule: StoredSchedule,
+        lams: Mapping[str, list[float]],
+        images: Mapping[str, Tensor],
+    ) -> None:
+        """A job's result; ``lams``: of the grids it is drawn against; ``images``: uint8 [n, C, H, W] of each way."""
         writer = self._writer(name)
         best = min(schedule.baselines, key=lambda each: schedule.baselines[each]["loss"])
         ratio = schedule.validation_loss / max(schedule.baselines[best]["loss"], 1e-300)
-        file, figure = self.folder / name / "schedule.json", self.folder / name / "grids.png"
+        file, figure, samples = (self.folder / name / each for each in ("schedule.json", "grids.png", "samples.png"))
+        file.write_text(json_text(schedule))
         grids_figure({**lams, LD3: schedule.lam}, LD3, name, figure)
-        for path in (file, figure):
+        rows_figure({way: image_grid(each, columns=len(each)) for way, each in images.items()}, name, samples)
+        for path in (file, figure, samples):
             writer.artifact(path)
         writer.params({"start": schedule.training["start"], "learned": schedule.training["learned"]})
         writer.params({"timesteps": schedule.timesteps, "model_timesteps": schedule.model_timesteps})

@@ -64,9 +64,23 @@ REFUSED = {
     "--pairs must be >= 251, got 100": ["--optimizer", "adam", "--pairs", "100"],
     "--pairs must be >= 1, got 0": ["--pairs", "0"],
     "--workers must be >= 1, got 0": ["--workers", "0"],
-    "--seed must be >= 0, got -1": ["--seed", "-1"],
+    "--seeds must be >= 1, got 0": ["--seeds", "0"],
+    "--num-samples must be 0, for no images, or >= 2, got 1": ["--num-samples", "1"],
+    "--repeats must be >= 1, got 0": ["--repeats", "0"],
+    "features 'resnet' are not among": ["--num-samples", "100", "--features", "resnet"],
     "--optimizer must be one of ld3, adam, got 'sgd'": ["--optimizer", "sgd"],
-    "argument --loss: invalid choice: 'lpips'": ["--loss", "lpips"],
+    "--loss must be one of l1, l2, efficientnet_lite0, lpips_vgg, got 'lpips'; the nearest is": ["--loss", "lpips"],
+    "--loss lpips_vgg and --lpips-weights VGG16.pth LPIPS.pth, torchvision's and LPIPS' own, go together": [
+        "--loss",
+        "lpips_vgg",
+    ],
+    "--lpips-weights: no file nowhere.pth": [
+        "--loss",
+        "lpips_vgg",
+        "--lpips-weights",
+        "nowhere.pth",
+        "lin.pth",
+    ],
     "--set knows no 'rounds'; did you mean": ["--set", "rounds=1"],
     "--set rounds_both must be an integer, got '1.5'": ["--set", "rounds_both=1.5"],
     "--set output_scale must be true or false, got '3'": ["--set", "output_scale=3"],
@@ -116,6 +130,14 @@ def test_the_list_shows_what_the_model_has(checkpoint: Path, capsys: pytest.Capt
     assert header.split()[:2] == ["solver", "nfe"]
     assert line.split()[:2] == ["unipc_3", "4"]
     assert rest == "and 1 of other weights"
+
+
+def test_further_seeds_are_further_jobs(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--solvers", "ddim", "--nfe", "4", "--dry-run"]
+    assert run(checkpoint, *argv, "--seeds", "3") == 0
+    printed = capsys.readouterr().out
+    for name in ("ddim-nfe004", "ddim-nfe004-seed001", "ddim-nfe004-seed002"):
+        assert f"\n{name}  to learn" in printed
 
 
 def checkpoint_home(model: Model) -> Path:

@@ -14,7 +14,7 @@ from klray.config import Sampling
 from klray.core.learned_timesteps import scaled
 from klray.core.schedule import Schedule, VPLinear
 from klray.core.solvers import SOLVERS
-from klray.discretize.grid_files import grid_of, read_grid
+from klray.discretize.grid_files import GridError, grid_of, read_grid
 from klray.discretize.store import StoredSchedule, StoreError, check, file_of, find, home_of, keep, read, stored
 from klray.discretize.table import rows_of, text_of
 
@@ -105,6 +105,16 @@ def test_timesteps_learned_is_the_grid_of_the_solver_and_nfe(tmp_path: Path) -> 
     assert build_sampler(ASKED, grid).nfe == 4
     with pytest.raises(ValueError, match="sampling.nfe: heun takes two"):
         grid_of("learned", model, Sampling(solver="heun", nfe=5))
+
+
+def test_timesteps_gits_is_the_grid_that_the_schedule_was_held_against(tmp_path: Path) -> None:
+    other = [1.0, 0.6, 0.3, 0.04, 0.001]
+    keep(tmp_path, replace(RECORD, baselines={"gits": {"loss": 0.2, "timesteps": other}}))
+    assert grid_of("gits", Sampled(tmp_path), ASKED) == Grid(other)
+    with pytest.raises(GridError, match="has no dmn grid: it was measured against gits"):
+        grid_of("dmn", Sampled(tmp_path), ASKED)
+    with pytest.raises(StoreError, match="no schedule is learned for unipc_3 at 5 NFE"):
+        grid_of("gits", Sampled(tmp_path), ASKED.model_copy(update={"nfe": 5}))
 
 
 def test_a_learned_schedules_file_is_refused_for_another_use(tmp_path: Path) -> None:
