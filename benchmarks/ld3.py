@@ -4,9 +4,9 @@ python benchmarks/ld3.py --out result.json
 
 The network is the preset's with fresh weights, whose cost is that of trained ones; every arm runs on one thread.
 ``published`` has what decides the cost of LD3's public code: a validation of all validation pairs after every batch,
-and after every round a pass over the validation noises as over the training noises. This fit does not make the latter:
-the seconds of one such pass are measured and added. Arms take turns; ratios are medians over the rounds of the ratio within
-a round.
+and after every round a pass over the validation noises as over the training noises. This fit does not make the
+latter: the seconds of one such pass are measured and added. Arms take turns; ratios are medians over the rounds of
+the ratio within a round.
 """
 
 from __future__ import annotations
