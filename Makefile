@@ -25,11 +25,11 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(PYTEST) -q --durations=15
+test: test-fast
+	$(PYTEST) -q -m slow --durations=15
 
 test-fast: lint
-	$(PYTEST) -q -m "not slow"
+	$(PYTEST) -q -m "not slow" -n logical --dist worksteal
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -96,6 +96,22 @@ def cell(denoiser: MixtureDenoiser, solver: str, nfe: int, pairs: TeacherPairs, 
     return result
 
 
+def worse_starts(denoiser: MixtureDenoiser, solver: str, nfe: int, pairs: TeacherPairs, count: int) -> float:
+    """How often the best fixed grid of ``count`` pairs alone is worse, on noises never seen, by 2 standard errors.
+
+    What no learning can mend that has only these pairs to choose its start by. Of all disjoint draws that there are.
+    """
+    errors = torch.stack(list(fixed_errors(denoiser, solver, nfe, pairs).values()))
+    unseen = errors[:, -UNSEEN:]
+    best = int(unseen.mean(1).argmin())
+    draws = errors[:, : errors.shape[1] - UNSEEN].split(count, dim=1)
+    worse = 0
+    for draw in draws:
+        difference = unseen[int(draw.mean(1).argmin())] - unseen[best]
+        worse += float(difference.mean()) > 2 * float(difference.std()) / UNSEEN**0.5
+    return worse / len(draws)
+
+
 def summary(cells: list[dict[str, Any]], arm: str) -> dict[str, Any]:
     found = [each[arm] for each in cells]
     return {
@@ -126,10 +142,13 @@ def main() -> None:
     for number in given.mixtures:
         denoiser = mixture(number)
         seeds = range(TRAIN + UNSEEN)
+        many = teacher.pairs(denoiser, SCHEDULE, range(3 * TRAIN + UNSEEN), SHAPE, batch_size=1000, dtype=torch.float64)
         pairs = teacher.pairs(denoiser, SCHEDULE, seeds, SHAPE, batch_size=1000, dtype=torch.float64)
         for solver in solvers:
             for nfe in budgets:
                 row = cell(denoiser, solver, nfe, pairs, given.arms)
+                row["worse_starts_100"] = worse_starts(denoiser, solver, nfe, many, 100)
+                row["worse_starts_500"] = worse_starts(denoiser, solver, nfe, many, 500)
                 cells.append({"mixture": number, "solver": solver, "nfe": nfe, **row})
                 ratios = "  ".join(f"{row[arm]['ratio']:.2f} ({row[arm]['z']:+.1f})" for arm in given.arms)
                 print(f"{number} {solver:17s} {nfe}  {row['best_fixed']:14s} {ratios}", flush=True)
@@ -141,11 +160,16 @@ def main() -> None:
             "teacher": {"solver": teacher.solver, "steps": 200, "grid": "logsnr"},
             "settings": {arm: {"pairs": ARMS[arm][1], **asdict(ARMS[arm][0])} for arm in given.arms},
             "summary": summaries,
+            "cells_expected_worse_by_the_start_alone": {
+                count: sum(each[f"worse_starts_{count}"] for each in cells) for count in (100, 500)
+            },
             "cells": cells,
         }
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(described, indent=1) + "\n")
-    print(f"\n{'arm':22s} cells learned  median  worst  better>2se  worse>2se (the start)  accepted  s/fit")
+    expected = described["cells_expected_worse_by_the_start_alone"]
+    print(f"\nbest fixed grid by the pairs alone, cells worse by 2 errors to be expected: {expected}")
+    print(f"{'arm':22s} cells learned  median  worst  better>2se  worse>2se (the start)  accepted  s/fit")
     for arm, each in summaries.items():
         print(
             f"{arm:22s} {each['cells']:5d} {each['learned']:7d} {each['median_ratio']:7.3f} {each['worst_ratio']:6.2f} "

@@ -124,6 +124,7 @@ def _cells(args: Namespace, model: Model) -> list[Cell]:
     """Every solver with every grid and NFE."""
     from itertools import product
 
+    from klray.build import build_sampler
     from klray.cluster.evaluate_job import Cell
     from klray.discretize.grid_files import grid_of
     from klray.training.sampling import sampling_of
@@ -134,6 +135,7 @@ def _cells(args: Namespace, model: Model) -> list[Cell]:
         chosen = {"solver": solver, "nfe": nfe, "options": options}
         grid = grid_of(timesteps, model, sampling_of(model, **chosen), force=args.force)
         cells.append(Cell(sampling_of(model, grid, timesteps=timesteps, **chosen), grid))
+        build_sampler(cells[-1].sampling, grid)  # refuses what cannot be drawn
     return cells
 
 

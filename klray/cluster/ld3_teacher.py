@@ -14,7 +14,7 @@ from klray.cluster.spread import spread
 from klray.discretize.ask import Ask
 from klray.discretize.baselines import load_costs, mean_costs, save_costs
 from klray.discretize.gits import GitsCosts, gits_costs
-from klray.discretize.teacher import Teacher, TeacherPairs, load_pairs, save_pairs
+from klray.discretize.teacher import Teacher, TeacherError, TeacherPairs, load_pairs, save_pairs
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, normal
 from klray.training.model import Model, load_model
@@ -58,7 +58,7 @@ def taught(
         model: loaded anywhere; workers load it from its folder.
 
     Raises:
-        TeacherError: for pairs on the disk that are damaged.
+        TeacherError: for pairs on the disk that are damaged, and a teacher whose images are not finite.
         RunError: where making them failed twice.
     """
     key = ask.teacher.key(f"{model.fingerprint}, clip_x0 {ask.clip_x0}", list(ask.seeds), model.shape)
@@ -73,11 +73,13 @@ def taught(
     if pieces:
         task = TeacherTask(model.folder, ask.clip_x0, ask.teacher)
         made = list(spread(task, pieces, workers=workers, cpus_per_worker=cpu_share(workers)))
+    if pairs is None:
+        pairs = TeacherPairs.cat(made[counted:])
+        if not bool(torch.isfinite(pairs.images).all()):
+            raise TeacherError("the teacher's images are not finite, so the model or the teacher's grid is no good")
+        save_pairs(folder, key, pairs)
+        show(f"{len(pairs)} teacher pairs made, kept in {folder}")
     if costs is None:
         costs = mean_costs(made[:counted])
         save_costs(folder, gits_key, costs)
-    if pairs is None:
-        pairs = TeacherPairs.cat(made[counted:])
-        save_pairs(folder, key, pairs)
-        show(f"{len(pairs)} teacher pairs made, kept in {folder}")
     return pairs, costs

@@ -47,10 +47,11 @@ class Ld3Progress:
         self._running: dict[str, Mapping[str, float]] = {}
         self._writers: dict[str, RecordWriter] = {}
         self._last: dict[str, int] = {}
-        self._began = self._shown_at = time.monotonic()
+        self._began: tuple[float, float] | None = None  # when the first report came, and what was done by then
+        self._shown_at = time.monotonic()
 
     def __enter__(self) -> Ld3Progress:
-        self._began = self._shown_at = time.monotonic()
+        self._shown_at = time.monotonic()
         return self
 
     def __exit__(
@@ -68,6 +69,8 @@ class Ld3Progress:
         self._done[name] = min(1.0, iteration / self.iterations)
         self._running[name] = numbers
         now = time.monotonic()
+        if self._began is None:  # starting the workers tells nothing of how long a job takes
+            self._began = now, self._spent()
         if now - self._shown_at >= self.interval:
             self._shown_at = now
             for line in self.report():
@@ -119,9 +122,15 @@ class Ld3Progress:
         return f"  ({todo} to go, about {self._time_left()})" if todo else ""
 
     def _time_left(self) -> str:
-        done = sum(self._done[each] * cost for each, cost in self.costs.items())
-        left = sum(self.costs.values()) - done
-        return duration((time.monotonic() - self._began) / max(done, 1e-9) * left)
+        began, before = self._began or (time.monotonic(), 0.0)
+        since = self._spent() - before
+        if since <= 0:
+            return "?"
+        return duration((time.monotonic() - began) / since * (sum(self.costs.values()) - self._spent()))
+
+    def _spent(self) -> float:
+        """What is done of all jobs, in units of their costs."""
+        return sum(self._done[each] * cost for each, cost in self.costs.items())
 
     def _writer(self, name: str) -> RecordWriter:
         if name not in self._writers:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from klray import evaluate, ld3, sample, train
+from klray.cluster.ld3_pool import Ld3Pool
+from klray.cluster.ld3_teacher import taught
 from klray.core.timesteps import TIMESTEPS
+from klray.discretize.ask import Ask, Job, teacher_of
+from klray.discretize.fit_settings import FitSettings
 from klray.discretize.store import StoredSchedule, stored
-from klray.tracking.records import history
+from klray.tracking.ld3_progress import Ld3Progress
+from klray.tracking.records import history, read_records
+from klray.training.model import load_model
+from tests.models import unet
 
 SETTINGS = ["network.kind=mlp", "network.width=32", "budget.unit=steps", "budget.amount=60"]
 FIT = ["validation_pairs=10", "batch_size=5", "rounds_theta=1", "validate_every=2"]
@@ -33,11 +47,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny"
 
 
-def learn(run_dir: Path, *argv: str, rounds: int = 1) -> int:
+def arguments(run_dir: Path, *argv: str, rounds: int = 1) -> list[str]:
     sets = [part for change in [*FIT, f"rounds_both={rounds}"] for part in ("--set", change)]
-    return ld3.main(
-        ["--checkpoint", str(run_dir), *JOBS, "--pairs", "30", "--teacher-nfe", "8", "--workers", "2", *sets, *argv]
-    )
+    pairs = ["--pairs", "30", "--teacher-nfe", "8"]
+    return ["--checkpoint", str(run_dir), *JOBS, *pairs, "--workers", "2", *sets, *argv]
+
+
+def learn(run_dir: Path, *argv: str, rounds: int = 1) -> int:
+    return ld3.main(arguments(run_dir, *argv, rounds=rounds))
 
 
 def schedules(run_dir: Path) -> dict[tuple[str, int], StoredSchedule]:
@@ -147,3 +164,104 @@ def test_a_killed_workers_job_is_done_again(run_dir: Path, capsys: pytest.Captur
         steps = [step for step, _ in history(pool / "trials" / name)["validation_loss"]]
         assert steps == list(range(2, 37, 2))
         assert schedules(run_dir)[solver, nfe].training["fit"]["rounds_both"] == 8
+
+
+def test_a_killed_command_repeated_keeps_what_is_finished(run_dir: Path) -> None:
+    home = run_dir / "schedules"
+    shutil.rmtree(home, ignore_errors=True)
+    command = [sys.executable, "-m", "klray.ld3", *arguments(run_dir, "--name", "again", "--tracking-uri", "off")]
+    command[command.index("--workers") + 1] = "1"
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while not list(home.glob("[!.]*.json")):
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        first.kill()
+        first.wait()
+    kept = {path: path.read_bytes() for path in home.glob("[!.]*.json")}
+    assert 0 < len(kept) < 4, "the kill came too late"
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{4 - len(kept)} jobs of" in again.stdout
+    assert again.stdout.count(" finished  ") == 4 - len(kept)
+    assert len(stored(run_dir)) == 4
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_seeds_scores_and_a_perceptual_loss(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two fits of one job the better is used; its images are scored beside those of every other grid."""
+    shutil.rmtree(run_dir / "schedules", ignore_errors=True)
+    jobs = ["--solvers", "ddim", "--nfe", "3", "--loss", "efficientnet_lite0", "--warm-start"]
+    score = ["--num-samples", "16", "--repeats", "2", "--features", "efficientnet_lite0", "--all-fixed"]
+    uri = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+    shared = [*jobs, "--name", "scored", "--tracking-uri", uri]
+    assert learn(run_dir, *shared) == 0
+    (first,) = schedules(run_dir).values()
+    assert first.training["fit"]["loss"] == "efficientnet_lite0"
+    capsys.readouterr()
+    assert learn(run_dir, *shared, "--seeds", "2", *score) == 0
+    printed = capsys.readouterr().out
+    assert "ddim-nfe003-seed001 finished" in printed and "ddim-nfe003 finished" not in printed
+    (best,) = schedules(run_dir).values()
+    losses = best.training["seeds"]
+    assert losses["0"] == first.validation_loss and set(losses) == {"0", "1"}
+    assert best.validation_loss == min(losses.values()) == losses[str(best.training["seed"])]
+
+    pool = run_dir / "ld3" / "scored"
+    for name in ("ddim-nfe003", "ddim-nfe003-seed001"):
+        assert (pool / "trials" / name / "samples.png").stat().st_size > 1000
+    (row,) = csv.DictReader((pool / "quality.csv").open())
+    grids = [*TIMESTEPS, "gits", "dmn", "learned"]
+    assert all(float(row[grid]) > 0 and float(row[f"{grid}_sd"]) > 0 for grid in grids)
+    assert row["best_other"] == min(grids[:-1], key=lambda grid: float(row[grid]))
+    assert f"  {row['verdict']}\n" in printed
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    (parent,) = [run for run in runs if run.info.run_name == "scored"]
+    assert {f"kid/ddim_nfe003/{grid}" for grid in grids} <= parent.data.metrics.keys()
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    (evaluation,) = [run for run in below if run.data.tags["klray.kind"] == "evaluation"]
+    assert {file.path for file in client.list_artifacts(evaluation.info.run_id)} >= {"table.csv", "samples.png"}
+    cells = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == evaluation.info.run_id]
+    assert sorted(run.data.params["sampling.timesteps"] for run in cells) == sorted(grids)
+
+
+def test_a_diffusers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its schedules lie in its own folder. One whose weights are not finite has nothing to teach."""
+    monkeypatch.chdir(tmp_path)
+    network = unet()
+    where = ["--solvers", "ddim", "--nfe", "3", "--tracking-uri", "off"]
+    DDPMPipeline(unet=network, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "model")
+    assert learn(tmp_path / "model", *where) == 0
+    assert (tmp_path / "model" / "schedules").is_dir()
+    draw = ["--checkpoint", "model", "--solver", "ddim", "--nfe", "3", "--seeds", "0-3", "--timesteps", "learned"]
+    assert sample.main([*draw, "--out", "images.npz"]) == 0
+    torch.nn.init.constant_(network.conv_out.bias, float("nan"))
+    DDPMPipeline(unet=network, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "broken")
+    capsys.readouterr()
+    assert learn(tmp_path / "broken", *where) == 2
+    assert "the teacher's images are not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "broken").glob("**/pairs_*"))
+
+
+def test_a_job_that_fails_twice_is_told_and_the_others_go_on(run_dir: Path, tmp_path: Path) -> None:
+    model = load_model(run_dir, torch.device("cpu"))
+    fit = replace(FitSettings(), validation_pairs=10, rounds_theta=1, rounds_both=0)
+    ask = Ask(fit, teacher_of("ddim", 8, "logsnr", model.schedule), 8, "logsnr", 20, model.clip_x0)
+    lines: list[str] = []
+    pairs, costs = taught(tmp_path / "pairs", model, ask, workers=2, show=lines.append)
+    jobs = [Job("ddim", 3, {}), Job("heun", 5, {})]  # heun cannot spend 5: the command would have refused it
+    with Ld3Progress(tmp_path / "trials", jobs, ask.iterations, {}, lines.append) as progress:
+        failures = Ld3Pool(model, tmp_path / "home", ask, {}, 2).run(jobs, pairs, costs, progress)
+    assert list(failures) == ["heun-nfe005"] and "its NFE must be even" in failures["heun-nfe005"]
+    assert any(line.startswith("heun-nfe005 failed: ") for line in lines)
+    assert [each.solver for _, each in stored(tmp_path / "home")] == ["ddim"]
+    for job, status in (("ddim-nfe003", "FINISHED"), ("heun-nfe005", "FAILED")):
+        records = [record for record, _ in read_records(tmp_path / "trials" / job)]
+        assert [record["status"] for record in records if record["kind"] == "status"][-1] == status
