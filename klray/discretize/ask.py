@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,10 @@ def check_ask(ask: Ask, jobs: Sequence[Job]) -> None:
             raise AskError(f"--teacher-nfe must be above every --nfe, got {ask.teacher_nfe} for {job.nfe}")
 
 
+@cache
 def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _value(key: str, text: str, kind: type) -> Any:
