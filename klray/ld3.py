@@ -42,6 +42,7 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3, help="blocks of N images each (default 3)")
     parser.add_argument("--features", help="of the scores, as for klray.evaluate")
+    parser.add_argument("--reference-images", type=int, metavar="N", help="only the first N training images")
     parser.add_argument("--all-fixed", action="store_true", help="score all fixed grids, not only the best by its loss")
     parser.add_argument("--workers", type=int, help="jobs at once (default: one for each GPU, else each CPU)")
     parser.add_argument("--name", help="of the pool's folder and MLflow run (default: ld3 + hash of what is asked)")
@@ -65,7 +66,14 @@ def _ld3(args: Namespace) -> int:
     from klray.tracking.find import checkpoint_folder
     from klray.training.model import load_model
 
-    for flag, least in (("workers", 1), ("seeds", 1), ("pairs", 1), ("repeats", 1), ("num_samples", 0)):
+    for flag, least in (
+        ("workers", 1),
+        ("seeds", 1),
+        ("pairs", 1),
+        ("repeats", 1),
+        ("num_samples", 0),
+        ("reference_images", 2),
+    ):
         value = getattr(args, flag)
         if value is not None and value < least:
             raise AskError(f"--{flag.replace('_', '-')} must be >= {least}, got {value}")
@@ -162,7 +170,7 @@ def _measuring(args: Namespace) -> Measuring | None:
     name, note = find_extractor(args.features)
     if note is not None:
         print(f"note: {note}")
-    return Measuring(Features(name), args.num_samples, args.repeats, args.all_fixed)
+    return Measuring(Features(name), args.num_samples, args.repeats, args.all_fixed, args.reference_images)
 
 
 def _list(model: Model) -> int:

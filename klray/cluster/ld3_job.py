@@ -42,12 +42,14 @@ class Measuring:
         features: by which images are described.
         num_samples: images of a block. repeats: blocks, whose spread gives the error.
         all_fixed: all fixed grids, in place of the one with the least loss.
+        reference_images: only the first so many training images are compared with.
     """
 
     features: Features
     num_samples: int
     repeats: int
     all_fixed: bool
+    reference_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ class Ld3Job:
     def _measure(
         self, how: Measuring, folder: Path, writer: RecordWriter, uri: str | None, experiment: str, workers: int
     ) -> list[Row]:
-        yardstick = Yardstick(how.features, ["kid", "fid"], how.num_samples, how.repeats)
+        yardstick = Yardstick(
+            how.features, ["kid", "fid"], how.num_samples, how.repeats, reference_images=how.reference_images
+        )
         reference = yardstick.images(self.model, workers)
         run = open_evaluation(
             self.model, yardstick, reference, root=folder / "quality", uri=uri, experiment=experiment, parent=folder

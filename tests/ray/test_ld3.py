@@ -196,6 +196,7 @@ def test_seeds_scores_and_a_perceptual_loss(run_dir: Path, capsys: pytest.Captur
     shutil.rmtree(run_dir / "schedules", ignore_errors=True)
     jobs = ["--solvers", "ddim", "--nfe", "3", "--loss", "efficientnet_lite0", "--warm-start"]
     score = ["--num-samples", "16", "--repeats", "2", "--features", "efficientnet_lite0", "--all-fixed"]
+    score += ["--reference-images", "64"]
     uri = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
     shared = [*jobs, "--name", "scored", "--tracking-uri", uri]
     assert learn(run_dir, *shared) == 0

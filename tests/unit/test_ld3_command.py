@@ -67,6 +67,7 @@ REFUSED = {
     "--seeds must be >= 1, got 0": ["--seeds", "0"],
     "--num-samples must be 0, for no images, or >= 2, got 1": ["--num-samples", "1"],
     "--repeats must be >= 1, got 0": ["--repeats", "0"],
+    "--reference-images must be >= 2, got 1": ["--reference-images", "1"],
     "features 'resnet' are not among": ["--num-samples", "100", "--features", "resnet"],
     "--optimizer must be one of ld3, adam, got 'sgd'": ["--optimizer", "sgd"],
     "--loss must be one of l1, l2, efficientnet_lite0, lpips_vgg, got 'lpips'; the nearest is": ["--loss", "lpips"],
