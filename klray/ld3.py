@@ -135,7 +135,7 @@ def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
     from klray.metrics.verdicts import quality_lines
 
     home = home_of(model.folder)
-    job = Ld3Job(model, home, ask, jobs, args.name, args.tracking_uri, args.workers, _measuring(args))
+    job = Ld3Job(model, home, ask, jobs, args.name, args.tracking_uri, args.workers, _measuring(args, model))
     missing, other = job.plan()
     if args.dry_run:
         print(f"model       {model.folder} ({model.fingerprint})\n{plan_text(ask, jobs, missing, model.evals)}")
@@ -160,17 +160,27 @@ def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
     return 1 if failures else 0
 
 
-def _measuring(args: Namespace) -> Measuring | None:
+def _measuring(args: Namespace, model: Model) -> Measuring | None:
     from klray.cluster.evaluate_job import Features
-    from klray.cluster.ld3_job import Measuring
+    from klray.cluster.evaluation import Yardstick
+    from klray.cluster.ld3_job import SCORES, Measuring
+    from klray.discretize.ask import AskError
     from klray.metrics.features import find_extractor
 
     if args.num_samples == 0:
         return None
+    if model.config is None:
+        raise AskError(
+            "--num-samples must be 0 for an imported model, whose training images are not known; then use "
+            "klray.evaluate --timesteps learned --data NAME"
+        )
     name, note = find_extractor(args.features)
     if note is not None:
         print(f"note: {note}")
-    return Measuring(Features(name), args.num_samples, args.repeats, args.all_fixed, args.reference_images)
+    yardstick = Yardstick(
+        Features(name), SCORES, args.num_samples, args.repeats, reference_images=args.reference_images
+    )
+    return Measuring(yardstick, args.all_fixed)
 
 
 def _list(model: Model) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from klray.cluster.connect import connect
-from klray.cluster.evaluate_job import Cell, Features
+from klray.cluster.evaluate_job import Cell
 from klray.cluster.evaluation import Yardstick, describe, evaluate_cells, open_evaluation
 from klray.cluster.ld3_pool import Ld3Pool, pool_size
 from klray.cluster.ld3_teacher import taught
@@ -20,7 +20,9 @@ from klray.discretize.ask import Ask, Job
 from klray.discretize.grid_files import grid_of
 from klray.discretize.store import DMN, GITS, LEARNED, StoredSchedule, differences, file_of, read, stored
 from klray.discretize.table import best_fixed, rows_of, write_csv
+from klray.metrics.reference import Reference
 from klray.metrics.verdicts import quality_rows
+from klray.tracking.evaluation_run import EvaluationRun
 from klray.tracking.ld3_progress import Ld3Progress
 from klray.tracking.mlflow_upload import resolve_uri
 from klray.tracking.parent_run import parent_run
@@ -32,24 +34,20 @@ from klray.training.study_dir import open_study_folder
 
 Row = dict[str, Any]
 BATCH = 64  # images that are drawn at once
+SCORES = ("kid", "fid")
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """How the schedules' images are scored: KID and FID of the learned grid, the best fixed one, GITS and DMN.
+    """How the schedules' images are scored: those of the learned grid, the best fixed one, GITS and DMN.
 
     Attributes:
-        features: by which images are described.
-        num_samples: images of a block. repeats: blocks, whose spread gives the error.
+        yardstick: of whose metrics SCORES[0] gives the verdicts.
         all_fixed: all fixed grids, in place of the one with the least loss.
-        reference_images: only the first so many training images are compared with.
     """
 
-    features: Features
-    num_samples: int
-    repeats: int
+    yardstick: Yardstick
     all_fixed: bool
-    reference_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,8 @@ class Ld3Job:
         ):
             connect()
             workers = pool_size(self.workers)
+            # Before anything is learned, so that missing data show at once.
+            reference = None if self.measuring is None else self.measuring.yardstick.images(self.model, workers)
             if missing:
                 show(f"{len(missing)} jobs of {self.ask.iterations} iterations; {name} in {folder}")
                 pairs, costs = taught(self.home / "ld3" / "pairs", self.model, self.ask, workers=workers, show=show)
@@ -128,8 +128,20 @@ class Ld3Job:
                 with Ld3Progress(folder / "trials", missing, self.ask.iterations, now, show) as progress:
                     failures = pool.run(missing, pairs, costs, progress)
             self._write_losses(folder, writer)
-            if self.measuring is not None and self.schedules():
-                quality = self._measure(self.measuring, folder, writer, uri, experiment, workers)
+            if self.measuring is not None and reference is not None and self.schedules():
+                run = open_evaluation(
+                    self.model,
+                    self.measuring.yardstick,
+                    reference,
+                    root=folder / "quality",
+                    uri=uri,
+                    experiment=experiment,
+                    parent=folder,
+                )
+                quality = self._measure(self.measuring, reference, run, workers)
+                write_csv(quality, folder / "quality.csv")
+                writer.artifact(folder / "quality.csv")
+                writer.metrics(self.measuring.yardstick.num_samples, _named(quality))
             writer.status("FAILED" if failures else "FINISHED")
         return failures, quality
 
@@ -144,27 +156,11 @@ class Ld3Job:
         ratios = {f"ld3_over_best/{row['solver']}_nfe{row['nfe']:03d}": row["ld3_over_best"] for row in rows}
         writer.metrics(len(rows), ratios)
 
-    def _measure(
-        self, how: Measuring, folder: Path, writer: RecordWriter, uri: str | None, experiment: str, workers: int
-    ) -> list[Row]:
-        yardstick = Yardstick(
-            how.features, ["kid", "fid"], how.num_samples, how.repeats, reference_images=how.reference_images
-        )
-        reference = yardstick.images(self.model, workers)
-        run = open_evaluation(
-            self.model, yardstick, reference, root=folder / "quality", uri=uri, experiment=experiment, parent=folder
-        )
+    def _measure(self, how: Measuring, reference: Reference, run: EvaluationRun, workers: int) -> list[Row]:
         drawing = Drawing(self.model.folder, BATCH, self.ask.clip_x0)
         cells = [cell for schedule in self.schedules() for cell in self._cells(schedule, how.all_fixed)]
-        evaluate_cells(self.model, cells, drawing, yardstick, reference, run, workers=workers)
-        rows = quality_rows([run.row(describe(cell)) for cell in cells], "kid", how.repeats)
-        write_csv(rows, folder / "quality.csv")
-        writer.artifact(folder / "quality.csv")
-        for row in rows:
-            where = f"{row['solver']}_nfe{row['nfe']:03d}"
-            scores = {grid: row[grid] for grid in (*TIMESTEPS, GITS, DMN, LEARNED) if grid in row}
-            writer.metrics(how.num_samples, {f"kid/{where}/{grid}": value for grid, value in scores.items()})
-        return rows
+        evaluate_cells(self.model, cells, drawing, how.yardstick, reference, run, workers=workers)
+        return quality_rows([run.row(describe(cell)) for cell in cells], SCORES[0], how.yardstick.repeats)
 
     def _cells(self, schedule: StoredSchedule, all_fixed: bool) -> list[Cell]:
         fixed = list(TIMESTEPS) if all_fixed else [best_fixed(schedule)]
@@ -179,3 +175,13 @@ class Ld3Job:
             grid = grid_of(name, self.model, sampling_of(self.model, **chosen))
             cells.append(Cell(sampling_of(self.model, grid, timesteps=name, **chosen), grid))
         return cells
+
+
+def _named(quality: Sequence[Row]) -> dict[str, float]:
+    """The scores of ``quality_rows`` as metrics of the pool's run."""
+    return {
+        f"{SCORES[0]}/{row['solver']}_nfe{row['nfe']:03d}/{grid}": row[grid]
+        for row in quality
+        for grid in (*TIMESTEPS, GITS, DMN, LEARNED)
+        if grid in row
+    }

@@ -243,6 +243,8 @@ def test_a_diffusers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert (tmp_path / "model" / "schedules").is_dir()
     draw = ["--checkpoint", "model", "--solver", "ddim", "--nfe", "3", "--seeds", "0-3", "--timesteps", "learned"]
     assert sample.main([*draw, "--out", "images.npz"]) == 0
+    assert learn(tmp_path / "model", *where, "--num-samples", "16") == 2
+    assert "--num-samples must be 0 for an imported model" in capsys.readouterr().err
     torch.nn.init.constant_(network.conv_out.bias, float("nan"))
     DDPMPipeline(unet=network, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "broken")
     capsys.readouterr()
