@@ -51,7 +51,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Those of every row, results behind all grids."""
     found = list(dict.fromkeys(column for row in rows for column in row))
     last = [LD3, "best_fixed", "ld3_over_best"]
-    return [*(column for column in found if column not in last), *last]
+    return sorted(found, key=lambda column: last.index(column) if column in last else -1)
 
 
 def _cell(value: Any) -> str:
