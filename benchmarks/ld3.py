@@ -94,8 +94,8 @@ def pools(preset: str, nfe: int, rounds: int, fit: FitSettings, jobs: int) -> di
 
     found: dict[str, list[float]] = {"1 worker": [], "2 workers": []}
     with tempfile.TemporaryDirectory() as folder:
-        where = ["--runner", "local", "--runs", folder, "--name", "m", "--tracking-uri", "off"]
-        change = ["--set", "budget.unit=steps", "--set", "budget.amount=2"]
+        where = ["--runner", "local", "--runs", folder, "--name", "m"]
+        change = ["--set", "tracking.uri=off", "--set", "budget.unit=images", "--set", "budget.amount=128"]
         assert train(["--config", preset, *where, *change]) == 0
         model = load_model(Path(folder) / "m", torch.device("cpu"))
         ask = Ask(fit, teacher_of(model.schedule), 20, "logsnr", 100, model.clip_x0)

@@ -103,6 +103,23 @@ def seeds_of(text: str) -> range:
     return range(int(found[1]), int(found[2] or found[1]) + 1)
 
 
+def workers_of(text: str) -> tuple[int, int]:
+    """``--workers`` N or LEAST-MOST, as (least, most).
+
+    Raises:
+        UserError: for anything else.
+    """
+    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text.strip())
+    if found is None:
+        raise UserError(f"--workers must be N, or LEAST-MOST, got {text!r}; for example 2-4")
+    least, most = int(found[1]), int(found[2] or found[1])
+    if least < 1:
+        raise UserError(f"--workers must be >= 1, got {text}")
+    if least > most:
+        raise UserError(f"--workers LEAST-MOST must have LEAST <= MOST, got {text}")
+    return least, most
+
+
 def duration(seconds: float) -> str:
     """12 s, 3 min 04 s, 2 h 05 min."""
     whole = round(seconds)

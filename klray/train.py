@@ -25,7 +25,11 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     parser.add_argument("--seed", type=int, help="the run's seed (the same as --set seed=...)")
     parser.add_argument("--runner", choices=("ray", "torchrun", "local"), default="ray", help="where to train")
-    parser.add_argument("--workers", type=int, help="processes (default: one for each GPU, else 1)")
+    parser.add_argument(
+        "--workers",
+        metavar="N|LEAST-MOST",
+        help="processes (default: one for each GPU, else 1); of LEAST-MOST as many as there is room for at any time",
+    )
     parser.add_argument("--name", help="the run's name (default: preset + hash of the configuration)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder that holds the runs' folders")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what it costs")
@@ -40,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(args: Namespace) -> int:
     from klray.build import build_sampler
-    from klray.config import load_config
+    from klray.config import ConfigError, load_config
     from klray.parallel.mesh import resolve_mesh
     from klray.training.initialise import checked_start
 
@@ -48,13 +52,16 @@ def _train(args: Namespace) -> int:
     config = load_config(args.config, [*args.set, *seed])
     build_sampler(config.sampling)
     config = checked_start(config)
+    least, workers = _workers(args)
     data_size, basis_size = resolve_mesh(
-        _workers(args),
+        workers,
         data=config.mesh.data,
         basis=config.mesh.basis,
         terms_per_step=config.evals_per_image,
         batch_size=config.optimizer.batch_size,
     )
+    if least < workers and basis_size > 1:
+        raise ConfigError(f"mesh.basis must be 1 where --workers is a range, got {basis_size}")
     name = args.name or config.default_name()
     if args.dry_run:
         return _dry_run(config, name, (data_size, basis_size))
@@ -66,35 +73,35 @@ def _train(args: Namespace) -> int:
         if not finished(config, run_dir, warn=lambda text: None):  # rank 0 asks the same, and says it
             _in_process(config, data, (data_size, basis_size), run_dir, {})
         return 0
-    return _drive(args, config, name, (data_size, basis_size), data)
+    return _drive(args, config, name, (data_size, basis_size), data, least)
 
 
-def _workers(args: Namespace) -> int:
-    """How many processes train."""
+def _workers(args: Namespace) -> tuple[int, int]:
+    """How many processes train: at least, at most."""
+    from klray.cli import workers_of
     from klray.config import ConfigError
 
-    if args.workers is not None and args.workers < 1:
-        raise ConfigError(f"--workers must be >= 1, got {args.workers}")
+    least, most = (None, None) if args.workers is None else workers_of(args.workers)
     if args.runner == "torchrun":
         if "WORLD_SIZE" not in os.environ:
             raise ConfigError(
                 "--runner torchrun is started by torchrun: torchrun --nproc-per-node 2 -m klray.train ..."
             )
         world = int(os.environ["WORLD_SIZE"])
-        if args.workers not in (None, world):
+        if {least, most} - {None, world}:
             raise ConfigError(f"--workers must be torchrun's number of processes, {world}, got {args.workers}")
-        return world
+        return world, world
     if args.runner == "local":
-        if args.workers not in (None, 1):
+        if {least, most} - {None, 1}:
             raise ConfigError(
                 f"--runner local trains in one process, got --workers {args.workers}; use torchrun or ray"
             )
-        return 1
-    if args.workers is not None:
-        return args.workers
+        return 1, 1
+    if least is not None and most is not None:
+        return least, most
     from klray.cluster.connect import default_workers
 
-    return default_workers()
+    return (default_workers(),) * 2
 
 
 def _data(config: Config) -> ImageData:
@@ -126,7 +133,7 @@ def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
     return 0
 
 
-def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, int], data: ImageData) -> int:
+def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, int], data: ImageData, least: int) -> int:
     """Opens the run, follows its records, and trains."""
     from klray.tracking.evaluate_during import SnapshotEvaluator
     from klray.tracking.mlflow_upload import TrackingError, Uploader, prepare, resolve_uri
@@ -159,7 +166,7 @@ def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, in
         stack.enter_context(Uploader(run_dir, uri, tracking.experiment, name, tags=provenance, on_record=lines))
         with SnapshotEvaluator(run_dir, config.evaluation, say):
             if not done:
-                _run(args, config, data, mesh_shape, run_dir, provenance)
+                _run(args, config, data, mesh_shape, run_dir, provenance, least)
         with RecordWriter(run_dir) as writer:
             record_scores(run_dir, writer, set())
     print(f"finished {name}: {summary(run_dir)}")
@@ -175,6 +182,7 @@ def _run(
     mesh_shape: tuple[int, int],
     run_dir: Path,
     provenance: dict[str, Any],
+    least: int,
 ) -> None:
     if args.runner == "ray":
         print("starting Ray and the workers (about half a minute)", flush=True)
@@ -182,7 +190,9 @@ def _run(
         from klray.cluster.train_job import SharedImages, run_on_ray
 
         connect()
-        run_on_ray(config, SharedImages.of(data), mesh_shape=mesh_shape, run_dir=run_dir, provenance=provenance)
+        elastic = least if least < mesh_shape[0] * mesh_shape[1] else None
+        images = SharedImages.of(data)
+        run_on_ray(config, images, mesh_shape=mesh_shape, run_dir=run_dir, provenance=provenance, least=elastic)
     else:
         _in_process(config, data, mesh_shape, run_dir, provenance)
 

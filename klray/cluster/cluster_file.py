@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ def check_cluster_file(path: Path) -> dict[str, Any]:
         _check_start(config[commands], commands)
     _check_doors(config)
     _check_versions(config)
-    _check_mounts(config["file_mounts"])
+    _check_mounts(config["file_mounts"], config["head_setup_commands"])
     _check_resources(config)
     return config
 
@@ -68,13 +71,16 @@ def _by_ray(content: dict[str, Any], path: Path) -> dict[str, Any]:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     try:
-        config: dict[str, Any] = prepare_config(content)
-        validate_config(config)
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as said:  # its warnings are not of use to users
+            logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)
+            config: dict[str, Any] = prepare_config(content)
+            validate_config(config)
     except jsonschema.ValidationError as error:
         where = ".".join(str(part) for part in error.absolute_path) or "the file"
         raise ClusterFileError(f"{path}: {where}: {error.message}") from error
     except click.ClickException as error:
-        raise ClusterFileError(f"{path}: {' '.join(str(error).split()) or 'refused by Ray (see above)'}") from error
+        lines = said.getvalue().strip().splitlines()
+        raise ClusterFileError(f"{path}: {lines[-1] if lines else error}") from error
     except (KeyError, TypeError, AttributeError, ValueError, AssertionError, NotImplementedError) as error:
         raise ClusterFileError(f"{path}: {' '.join(str(error).split())} ({type(error).__name__})") from error
     return config
@@ -128,15 +134,19 @@ def _check_versions(config: dict[str, Any]) -> None:
             raise ClusterFileError(f"setup_commands must install {package} {here}, pinned; nothing names its version")
 
 
-def _check_mounts(mounts: dict[str, str]) -> None:
+def _check_mounts(mounts: dict[str, str], commands: list[str]) -> None:
     if not any(Path(remote).name == "auth_token" for remote in mounts):
         raise ClusterFileError("file_mounts must carry the token: ~/.ray/auth_token: ~/.ray/auth_token")
     for remote, local in mounts.items():
         if not Path(local).expanduser().exists():
-            way = "make wheel" if str(local).endswith(".whl") else "put it there"
+            way = "make wheel" if "wheel" in remote else "put it there, or run this where it is"
             if Path(remote).name == "auth_token":
                 way = "ray get-auth-token --generate"
             raise ClusterFileError(f"file_mounts: {local} must exist; {way}")
+    for remote, name in re.findall(r"(\S+)/(klray-[\w.]+-py3-none-any\.whl)", "\n".join(commands)):
+        wheel = Path(mounts.get(remote, remote)).expanduser() / name
+        if not wheel.exists():
+            raise ClusterFileError(f"file_mounts: {wheel} must exist; make wheel")
 
 
 def _check_resources(config: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 # Set before ray is imported; each can be overridden from outside.
 _ENVIRONMENT = {
@@ -19,7 +20,7 @@ _ENVIRONMENT = {
 
 
 def connect() -> None:
-    """Connects once; later calls do nothing. A local cluster has its dashboard on loopback only.
+    """Connects once; later calls do nothing. A private cluster listens on loopback only.
 
     Its dashboard is needed: without the State API, trials that are stopped never free their workers.
     """
@@ -35,6 +36,8 @@ def connect() -> None:
         return
     logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it tells that token auth is on
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    runtime_env["env_vars"] |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback)
     ray.init(
         address="local",
         include_dashboard=True,

@@ -8,22 +8,20 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any
 
 import ray
 import torch
-import torch.distributed as dist
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from klray.cluster.connect import cluster_size, cpu_share
+from klray.cluster.group import Address, join_group, open_store
 from klray.errors import RunError, UserError
 
 _PLACEMENT_TIMEOUT_S = 60.0
-_GROUP_TIMEOUT = timedelta(seconds=600)
 
 
 @dataclass(frozen=True)
@@ -182,30 +180,22 @@ class PoolWorker:
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
 
-    def serve(self) -> tuple[str, int]:
+    def serve(self) -> Address:
         """The address of the store through which the group meets."""
-        host = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(host, 0, self._size, True, _GROUP_TIMEOUT, wait_for_workers=False)
-        return host, self._store.port
+        self._store, address = open_store(self._size)
+        return address
 
     def prepare(
         self,
-        address: tuple[str, int] | None,
+        address: Address | None,
         share: dict[str, float],
         given: tuple[Callable[[Place, Any], Work], Any, bool],
     ) -> None:
         torch.set_num_threads(max(1, int(share["CPU"])))
         device = torch.device("cuda", 0) if share["GPU"] else torch.device("cpu")
         if address is not None:
-            nccl = share["GPU"] >= 1  # it refuses two ranks on one GPU
-            dist.init_process_group(
-                "nccl" if nccl else "gloo",
-                store=dist.TCPStore(*address, self._size, False, _GROUP_TIMEOUT) if self._rank else self._store,
-                rank=self._rank,
-                world_size=self._size,
-                timeout=_GROUP_TIMEOUT,
-                device_id=device if nccl else None,
-            )
+            store = address if self._rank else self._store
+            join_group(self._rank, self._size, device, store, shared_gpu=share["GPU"] < 1)
         prepare, settings, reporting = given
         self._reports: SimpleQueue[bytes | None] | None = SimpleQueue() if reporting and self._rank == 0 else None
         self._work = prepare(Place(self._rank, self._size, device), settings)

@@ -12,16 +12,21 @@ from typing import Any
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchTrainer, get_device
 
 from klray.cluster.connect import cluster_size, cpu_share
+from klray.cluster.group import JoinedByWorkers, join_group, open_store
 from klray.config import Config
 from klray.errors import RunError, UserError
 from klray.tracking.records import RecordWriter
 from klray.tracking.train_run import train_and_record
 from klray.training.data import ImageData
 from klray.training.loop import NonFiniteError
+
+_LOOK_FOR_WORKERS_S = 30.0  # how often a run that lost workers looks for places; taking them in repeats unsaved steps
 
 
 class WorkersError(UserError):
@@ -56,6 +61,7 @@ def run_on_ray(
     mesh_shape: tuple[int, int],
     run_dir: Path,
     provenance: dict[str, Any],
+    least: int | None = None,
     max_failures: int = 10,
     cpus_per_worker: float | None = None,
     callbacks: list[Any] | None = None,
@@ -66,6 +72,8 @@ def run_on_ray(
     Ray gets metrics after each validation.
 
     Args:
+        least: workers that training goes on with where not all have a place, then along the data axis; it takes in more
+            when they come. None: it waits for all.
         cpus_per_worker: where other runs share the cluster; None: an equal share of all.
         callbacks: of Ray Train.
 
@@ -84,13 +92,18 @@ def run_on_ray(
         train_loop_config={
             "config": config,
             "images": images,
-            "mesh_shape": mesh_shape,
+            "basis_size": mesh_shape[1],
             "threads": max(1, int(share)),
             "run_dir": run_dir,
             "provenance": provenance,
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": share}),
+        torch_config=JoinedByWorkers(),
+        scaling_config=ScalingConfig(
+            num_workers=workers if least is None else (least, workers),
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": share},
+            elastic_resize_monitor_interval_s=_LOOK_FOR_WORKERS_S,
+        ),
         # A name of its own for each attempt: Ray would otherwise resume from its own snapshot of the one before.
         run_config=RunConfig(
             name=f"attempt_{time.time_ns()}",
@@ -165,7 +178,19 @@ def train_in_worker(
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
-    return train_in_worker(device=get_device(), on_validation=ray.train.report, **settings)
+    basis_size = settings.pop("basis_size")
+    context, device = ray.train.get_context(), get_device()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    if size > 1:
+        store, address = open_store(size) if rank == 0 else (None, None)
+        address = broadcast_from_rank_zero(address)
+        join_group(rank, size, device, address if store is None else store)
+    try:
+        mesh_shape = (size // basis_size, basis_size)
+        return train_in_worker(mesh_shape=mesh_shape, device=device, on_validation=ray.train.report, **settings)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
 
 
 def _record(run_dir: Path, status: str) -> None:

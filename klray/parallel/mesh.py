@@ -67,10 +67,12 @@ class Mesh:
         return self.data_size * self.basis_size
 
     def local_positions(self, batch_size: int) -> range:
-        """The positions in the global batch that this rank trains on; the same along the basis axis."""
-        share = batch_size // self.data_size
-        start = self.rank // self.basis_size * share
-        return range(start, start + share)
+        """The positions in the global batch that this rank trains on; the same along the basis axis.
+
+        Where the batch does not split evenly, as may be after workers were lost, some ranks have one more.
+        """
+        place = self.rank // self.basis_size
+        return range(batch_size * place // self.data_size, batch_size * (place + 1) // self.data_size)
 
     def local_terms(self, terms: Tensor) -> Tensor:
         """This rank's terms of the step's [K]: at most ceil(K / basis_size), none where K is smaller than the axis."""

@@ -191,6 +191,7 @@ class _Meter:
             "perf/images_per_s": (progress.images_seen - images) / elapsed,
             "perf/network_evals_per_s": (progress.network_evals - evals) / elapsed,
             "perf/data_wait": step.data_seconds / elapsed,
+            "perf/workers": float(self.mesh.size),
             "perf/memory_gib": _memory(self.device) / 2**30,
         }
         step.data_seconds = 0.0

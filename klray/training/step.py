@@ -55,11 +55,13 @@ class TrainStep:
             x0 = x0.contiguous(memory_format=torch.channels_last)
         micro = config.optimizer.micro_batch or len(positions)
         starts = range(0, len(positions), micro)
+        # Not len(positions): the mean over the data ranks is then that over the images, however they are spread.
+        share = config.optimizer.batch_size / self.mesh.data_size
         loss = torch.zeros((), device=self.device)
         for start in starts:
             part = range(positions[start], positions[min(start + micro, len(positions)) - 1] + 1)
             last = start == starts[-1]
-            loss += self._backward(x0[start : start + micro], part, len(positions), last).float()
+            loss += self._backward(x0[start : start + micro], part, share, last).float()
         self._update()
         progress.step += 1
         progress.images_seen += config.optimizer.batch_size
@@ -83,8 +85,11 @@ class TrainStep:
         order = permutation(config.seed, self.state.progress.step, Purpose.TERMS, count, self.device)
         return order[: config.terms_per_step]
 
-    def _backward(self, x0: Tensor, positions: range, batch_size: int, last_batch: bool) -> Tensor:
-        """Adds the gradient of one micro-batch; the last one's last backward also averages over the ranks."""
+    def _backward(self, x0: Tensor, positions: range, share: float, last_batch: bool) -> Tensor:
+        """Adds the gradient of one micro-batch; the last one's last backward also averages over the ranks.
+
+        ``share``: the batch over the data ranks, not always whole.
+        """
         config, network, step = self.config, self.state.network, self.state.progress.step
         where = torch.arange(positions.start, positions.stop, device=self.device)
         shape = (self.process.num_terms, *x0.shape[1:])
@@ -102,7 +107,7 @@ class TrainStep:
 
         def backward(loss: Tensor) -> None:
             # DDP takes the mean over all ranks, where the basis ranks' gradients are to be summed.
-            self.state.scaler.scale(loss.sum() * (self.mesh.basis_size / batch_size)).backward()
+            self.state.scaler.scale(loss.sum() * (self.mesh.basis_size / share)).backward()
 
         loss = backward_kl_loss(
             predict,
@@ -120,7 +125,7 @@ class TrainStep:
         if last_batch and not len(mine):
             # A rank without terms in this step still takes part in the reduction of the gradients.
             backward(0 * predict(x0[:1], t[:1], terms[:1], True).float().sum())
-        return loss.sum() / batch_size
+        return loss.sum() / share
 
     def _update(self) -> None:
         """Clip, warm up, step, average. A step with a non-finite gradient changes nothing and is counted."""

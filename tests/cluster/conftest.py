@@ -63,13 +63,23 @@ class Cluster:
     @property
     def environment(self) -> list[str]:
         return [
-            "env", "-C", str(ROOT), "RAY_UP_enable_autoscaler_v2=0", "RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={self.token}",
-            f"PYTHONPATH={ROOT}",
+            *("env", "-C", str(ROOT), f"PYTHONPATH={ROOT}", "RAY_UP_enable_autoscaler_v2=0"),
+            *("RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={self.token}"),
         ]  # fmt: skip
 
     def submit(self, command: str) -> subprocess.Popen[str]:
         """``ray job submit`` from the laptop through the tunnel."""
-        line = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--", "bash", "-c", f"cd ~/klray && {command}"]
+        line = [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            "http://127.0.0.1:8265",
+            "--",
+            "bash",
+            "-c",
+            f"cd ~/klray && {command}",
+        ]
         return subprocess.Popen(
             self.hosts.command(LAPTOP, *self.environment, *line),
             stdin=subprocess.DEVNULL,
@@ -80,7 +90,14 @@ class Cluster:
 
     def open_tunnel(self) -> None:
         """What ``ray attach -p`` opens: the dashboard and MLflow on the laptop's own loopback."""
-        options = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ExitOnForwardFailure=yes"]
+        options = [
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "ExitOnForwardFailure=yes",
+        ]
         ports = [part for port in (8265, 5000) for part in ("-L", f"{port}:127.0.0.1:{port}")]
         command = ["ssh", "-N", "-i", str(self.hosts.key), *options, *ports, f"root@{self.hosts.address('h0')}"]
         self.tunnel = subprocess.Popen(self.hosts.command(LAPTOP, *command), stdin=subprocess.DEVNULL)
