@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo wheel test test-fast lint clean
+.PHONY: demo wheel test test-fast test-cluster lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ test: test-fast
 
 test-fast: lint
 	$(PYTEST) -q -m "not slow" -n logical --dist worksteal
+
+# ray up for real, on hosts made of namespaces; needs root, sshd and rsync.
+test-cluster: $(VENV)/installed-test
+	$(PYTEST) -q -m slow tests/cluster
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

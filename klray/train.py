@@ -120,7 +120,8 @@ def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
     import yaml
 
     from klray.build import build_network
-    from klray.training.cost import cost_of
+    from klray.training.cost import cost_of, step_work
+    from klray.training.step_time import expected_lines, this_machine
 
     cost = cost_of(config, build_network(config))
     data_size, basis_size = mesh_shape
@@ -130,6 +131,7 @@ def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
     print(f"FLOPs       {cost['cost.flops_per_eval'] / 1e9:.3f} GFLOP a network evaluation, forward, of one image")
     print(f"            {cost['cost.train_flops_per_image'] / 1e9:.3f} GFLOP a training image")
     print(f"workers     {data_size * basis_size} = {data_size} (data) x {basis_size} (basis)")
+    print("\n".join(expected_lines(step_work(config, build_network(config)), this_machine(), data_size, basis_size)))
     return 0
 
 

@@ -9,6 +9,8 @@ import socket
 # Set before ray is imported; each can be overridden from outside.
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often the controller looks at its workers; 2 s delays each report
+    # How long places are waited for before they are counted again: a machine that died is missing by then.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -49,7 +51,21 @@ def connect() -> None:
 
 
 def cluster_size() -> tuple[int, int]:
-    """(CPUs, GPUs) of the connected cluster."""
+    """(CPUs, GPUs) of the connected cluster, with the machines that its autoscaler may still bring."""
+    from ray._private.state import state
+
+    cpus, gpus = _resources()
+    may_be = state.get_max_resources_from_cluster_config() or {}
+    return max(cpus, int(may_be.get("CPU", 0))), max(gpus, int(may_be.get("GPU", 0)))
+
+
+def may_grow() -> bool:
+    """Whether machines may still come."""
+    return cluster_size() != _resources()
+
+
+def _resources() -> tuple[int, int]:
+    """(CPUs, GPUs) that are there."""
     import ray
 
     resources = ray.cluster_resources()
@@ -57,10 +73,16 @@ def cluster_size() -> tuple[int, int]:
 
 
 def cpu_share(workers: int) -> float:
-    """The most CPUs that each of so many workers can have, none of them on two nodes; a part where CPUs are fewer."""
+    """The most CPUs that each of so many workers can have, none of them on two nodes; a part where CPUs are fewer.
+
+    In a cluster with GPUs only its machines with GPUs count; one CPU while none of them is there yet.
+    """
     import ray
 
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if cluster_size()[1]:
+        alive = [resources for resources in alive if resources.get("GPU")] or [{"CPU": workers}]
+    nodes = [int(resources.get("CPU", 0)) for resources in alive]
     for share in range(max(nodes), 0, -1):
         if sum(cpus // share for cpus in nodes) >= workers:
             return share
@@ -68,10 +90,10 @@ def cpu_share(workers: int) -> float:
 
 
 def default_workers() -> int:
-    """One worker for each GPU, of the cluster that RAY_ADDRESS names or of this machine; one without any."""
+    """One worker for each GPU that is there, of the cluster that RAY_ADDRESS names or of this machine; at least one."""
     if os.environ.get("RAY_ADDRESS"):
         connect()
-        return max(1, cluster_size()[1])
+        return max(1, _resources()[1])
     import torch
 
     return max(1, torch.cuda.device_count())

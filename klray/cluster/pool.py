@@ -17,11 +17,12 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from klray.cluster.connect import cluster_size, cpu_share
+from klray.cluster.connect import cluster_size, cpu_share, may_grow
 from klray.cluster.group import Address, join_group, open_store
 from klray.errors import RunError, UserError
 
 _PLACEMENT_TIMEOUT_S = 60.0
+_MACHINE_TIMEOUT_S = 900.0  # where one must be started first
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,10 @@ def _wait_until_free(placements: list[PlacementGroup]) -> None:
         time.sleep(0.05)
 
 
+def _placement_seconds() -> float:
+    return _MACHINE_TIMEOUT_S if may_grow() else _PLACEMENT_TIMEOUT_S
+
+
 class PoolWorker:
     """An actor. Its methods run in one thread, for which torch's number of threads is set; ``reports`` in another."""
 
@@ -226,7 +231,7 @@ class _Group:
 
     def __init__(self, size: int, share: dict[str, float], given: ray.ObjectRef) -> None:
         self.placement = placement_group([share] * size)
-        self.place_by: float | None = time.monotonic() + _PLACEMENT_TIMEOUT_S  # None once it is placed
+        self.place_by: float | None = time.monotonic() + _placement_seconds()  # None once it is placed
         self.actors = [
             _PoolActor.options(
                 num_cpus=share["CPU"],
@@ -264,7 +269,7 @@ class _Group:
             if not errors:
                 break
         if not errors and self._unplaced():
-            errors.append(_WorkerLost(f"no resources for it within {_PLACEMENT_TIMEOUT_S:g} s"))
+            errors.append(_WorkerLost(f"no resources for it within {_placement_seconds():g} s"))
         return next((error for error in errors if isinstance(error, _WorkerLost)), errors[0] if errors else None)
 
     def _unplaced(self) -> bool:

@@ -26,7 +26,9 @@ from klray.tracking.train_run import train_and_record
 from klray.training.data import ImageData
 from klray.training.loop import NonFiniteError
 
-_LOOK_FOR_WORKERS_S = 30.0  # how often a run that lost workers looks for places; taking them in repeats unsaved steps
+_LOOK_FOR_WORKERS_S = 10.0  # how often a run that lost workers looks for places; taking them in repeats unsaved steps
+
+_WAITS = 240  # of 15 s, an hour, for machines that are to come
 
 
 class WorkersError(UserError):
@@ -108,7 +110,7 @@ def run_on_ray(
         run_config=RunConfig(
             name=f"attempt_{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=_WAITS),
             callbacks=callbacks,
         ),
     )
@@ -186,11 +188,27 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         address = broadcast_from_rank_zero(address)
         join_group(rank, size, device, address if store is None else store)
     try:
+        blind = _blind_machines(settings["run_dir"], size)
+        if blind:
+            return {
+                "error": f"{settings['run_dir']} must be in a folder that all machines share, {', '.join(blind)} "
+                "does not see it; name one by --runs or --studies",
+                "diverged": False,
+            }
         mesh_shape = (size // basis_size, basis_size)
         return train_in_worker(mesh_shape=mesh_shape, device=device, on_validation=ray.train.report, **settings)
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _blind_machines(run_dir: Path, size: int) -> list[str]:
+    """Addresses of the machines on which the run's folder, which the driver has made, is not."""
+    mine = "" if run_dir.exists() else ray.util.get_node_ip_address()
+    found = [mine] * size
+    if size > 1:
+        dist.all_gather_object(found, mine)
+    return sorted(set(found) - {""})
 
 
 def _record(run_dir: Path, status: str) -> None:

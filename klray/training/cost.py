@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from klray.config import Config
 from klray.networks.terms import TermNetwork
+from klray.training.step_time import StepWork
 
 
 def cost_of(config: Config, network: TermNetwork) -> dict[str, int]:
@@ -31,3 +32,17 @@ def cost_of(config: Config, network: TermNetwork) -> dict[str, int]:
         "cost.flops_per_eval": forward,
         "cost.train_flops_per_image": forward * (3 * evals + again),
     }
+
+
+def step_work(config: Config, network: TermNetwork) -> StepWork:
+    """What ``step_time`` needs to know of a configuration. A ``wide`` network makes all terms in one evaluation."""
+    cost = cost_of(config, network)
+    terms, settings = config.evals_per_image, config.data
+    return StepWork(
+        config.optimizer.batch_size,
+        terms,
+        cost["cost.train_flops_per_image"] / terms,
+        cost["cost.parameters"],
+        settings.channels * settings.image_size**2,
+        coupled=config.loss.coupling == "joint" and terms > 1,
+    )

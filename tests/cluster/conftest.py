@@ -67,19 +67,10 @@ class Cluster:
             *("RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={self.token}"),
         ]  # fmt: skip
 
-    def submit(self, command: str) -> subprocess.Popen[str]:
+    def submit(self, command: str, name: str | None = None) -> subprocess.Popen[str]:
         """``ray job submit`` from the laptop through the tunnel."""
-        line = [
-            "ray",
-            "job",
-            "submit",
-            "--address",
-            "http://127.0.0.1:8265",
-            "--",
-            "bash",
-            "-c",
-            f"cd ~/klray && {command}",
-        ]
+        where = ["--address", "http://127.0.0.1:8265", *(["--submission-id", name] if name else [])]
+        line = ["ray", "job", "submit", *where, "--", "bash", "-c", f"cd ~/klray && {command}"]
         return subprocess.Popen(
             self.hosts.command(LAPTOP, *self.environment, *line),
             stdin=subprocess.DEVNULL,
@@ -120,6 +111,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.file.write_text(yaml.safe_dump(ssh_variant(hosts, ["h1"], token), sort_keys=False))
         up = made.ray("up", "-y", str(made.file), timeout=240)
         assert up.returncode == 0, up.stdout
+        live = made.laptop("python", "-m", "klray.check", str(made.file), "--live")
+        assert live.returncode == 0, live.stdout
         made.open_tunnel()
         yield made
         down = made.ray("down", "-y", str(made.file))
