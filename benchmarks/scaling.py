@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
 import tempfile
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,12 +28,13 @@ from scipy.optimize import least_squares
 from train_step import klray_step, repeat, timed
 
 from klray.build import build_network
-from klray.config import load_config, override
+from klray.config import load_config
 from klray.parallel.mesh import Mesh
 from klray.training.cost import step_work
 from klray.training.step_time import Machine, convolution_rate, step_time
 
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
+BATCHES = [16, 64]
 CPU = torch.device("cpu")
 
 
@@ -40,55 +43,57 @@ def worker(rank: int, data: int, basis: int, preset: str, steps: int, folder: st
     if data * basis > 1:
         meeting = f"file://{folder}/init_{data}_{basis}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=data * basis)
+    mesh = Mesh.create(data, basis, "cpu")
     config = load_config(preset)
     shape = (512, config.data.channels, config.data.image_size, config.data.image_size)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    run = repeat(klray_step(config.model_dump(), {}, images, CPU, Mesh.create(data, basis, "cpu")))
-    run(3)
-    seconds = [timed(run, steps, CPU) for _ in range(3)]
+    found = []
+    for batch in BATCHES:
+        run = repeat(klray_step(config.model_dump(), {"optimizer.batch_size": batch}, images, CPU, mesh))
+        run(3)
+        found.append(statistics.median(timed(run, steps, CPU) for _ in range(3)))
     if rank == 0:
-        Path(folder, f"{data}_{basis}.json").write_text(json.dumps(statistics.median(seconds)))
+        Path(folder, f"{data}_{basis}.json").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def main(args: argparse.Namespace) -> None:
-    config = override(load_config(args.config).model_dump(), ())
+    config = load_config(args.config)
     work = step_work(config, build_network(config))
     rate = convolution_rate(CPU)
-    measured = []
+    cells, measured = [], []
     with tempfile.TemporaryDirectory() as folder:
         for data, basis in MESHES:
             mp.spawn(worker, (data, basis, args.config, args.steps, folder), nprocs=data * basis)
-            measured.append(json.loads(Path(folder, f"{data}_{basis}.json").read_text()))
-    cores = os.cpu_count() or 1
+            cells += [(replace(work, images=batch), data, basis) for batch in BATCHES]
+            measured += json.loads(Path(folder, f"{data}_{basis}.json").read_text())
 
     def machine(logs: np.ndarray) -> Machine:
-        share, fixed, latency, bandwidth = np.exp(logs)
-        return Machine(share * rate, cores, fixed, latency, bandwidth)
+        share, full_speed, fixed, latency, bandwidth = np.exp(logs)
+        return Machine(share * rate, full_speed, fixed, latency, bandwidth)
 
     def errors(logs: np.ndarray) -> list[float]:
-        said = [step_time(work, machine(logs), *mesh).total for mesh in MESHES]
-        return [np.log(s / m) for s, m in zip(said, measured, strict=True)]
+        said = [step_time(of, machine(logs), *mesh).total for of, *mesh in cells]
+        return [math.log(s / m) for s, m in zip(said, measured, strict=True)]
 
-    best = least_squares(
-        errors, np.log([0.5, 5e-3, 3e-3, 1e9]), bounds=(np.log([0.01, 1e-4, 1e-5, 1e7]), np.log([2, 1, 1, 1e11]))
-    )
-    fitted = machine(best.x)
+    start, low, high = [0.5, 1.5, 5e-3, 3e-3, 1e9], [0.01, 1, 1e-5, 1e-5, 1e7], [2, 64, 1, 1, 1e11]
+    best = least_squares(errors, np.log(start), bounds=(np.log(low), np.log(high)))
     rows = []
-    for mesh, seconds in zip(MESHES, measured, strict=True):
-        said = step_time(work, fitted, *mesh).total
-        efficiency = measured[0] / seconds / (mesh[0] * mesh[1])
-        rows.append({"mesh": f"{mesh[0]} x {mesh[1]}", "seconds": seconds, "model": said, "efficiency": efficiency})
-        print(
-            f"{rows[-1]['mesh']}   {1000 * seconds:7.1f} ms   model {1000 * said:7.1f} ms   efficiency {efficiency:.2f}"
-        )
-    constants = dict(zip(("unet_share", "fixed", "latency", "bandwidth"), np.exp(best.x).tolist(), strict=True))
-    print(constants)
+    for (of, data, basis), seconds in zip(cells, measured, strict=True):
+        said = step_time(of, machine(best.x), data, basis).total
+        alone = measured[BATCHES.index(of.images)]
+        row = {"mesh": f"{data} x {basis}", "batch": of.images, "seconds": seconds, "model": said}
+        rows.append(row | {"efficiency": alone / seconds / (data * basis)})
+        texts = "{mesh}  batch {batch:3d}  {seconds:.4f} s  model {model:.4f} s  efficiency {efficiency:.2f}"
+        print(texts.format(**rows[-1]))
+    names = ("unet_share", "full_speed", "fixed", "latency", "bandwidth")
+    constants = dict(zip(names, np.exp(best.x).tolist(), strict=True))
+    print(constants, "rms of log errors", round(float(np.sqrt(np.mean(best.fun**2))), 3))
     if args.out is not None:
         about = {
             "date": date.today().isoformat(),
-            "machine": f"{platform.machine()}, {cores} cores",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {"torch": version("torch")},
             "preset": args.config,
             "convolution_flops_per_s": rate,

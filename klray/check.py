@@ -15,7 +15,7 @@ from klray.errors import UserError
 def parse(argv: list[str] | None) -> Namespace:
     """The command line."""
     parser = Parser(prog="klray.check", description=__doc__)
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a cluster file for ray up")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a cluster file")
     parser.add_argument(
         "--live",
         action="store_true",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from pathlib import Path
+
+import yaml
 
 # Set before ray is imported; each can be overridden from outside.
 _ENVIRONMENT = {
@@ -52,16 +55,29 @@ def connect() -> None:
 
 def cluster_size() -> tuple[int, int]:
     """(CPUs, GPUs) of the connected cluster, with the machines that its autoscaler may still bring."""
-    from ray._private.state import state
-
-    cpus, gpus = _resources()
-    may_be = state.get_max_resources_from_cluster_config() or {}
-    return max(cpus, int(may_be.get("CPU", 0))), max(gpus, int(may_be.get("GPU", 0)))
+    there, may_be = _resources(), _may_be()
+    return max(there[0], may_be[0]), max(there[1], may_be[1])
 
 
 def may_grow() -> bool:
     """Whether machines may still come."""
     return cluster_size() != _resources()
+
+
+def _may_be() -> tuple[int, int]:
+    """(CPUs, GPUs) of all machines that ``ray up`` may start; Ray tells it nowhere but in the file on the head."""
+    import ray
+
+    file = Path("~/ray_bootstrap_config.yaml").expanduser()
+    if ray.util.get_node_ip_address().startswith("127.") or not file.exists():
+        return 0, 0
+    config = yaml.safe_load(file.read_text())
+    cpus = gpus = 0
+    for name, kind in config["available_node_types"].items():
+        count = 1 if name == config["head_node_type"] else min(kind["max_workers"], config["max_workers"])
+        cpus += count * kind["resources"].get("CPU", 0)
+        gpus += count * kind["resources"].get("GPU", 0)
+    return cpus, gpus
 
 
 def _resources() -> tuple[int, int]:

@@ -3,7 +3,7 @@
 A model with five numbers. With B images a step, K terms, P parameters, D x S ranks, of which C compute at full speed
 beside each other, and images of n numbers:
 
-    compute    ceil(B / D) ceil(K / S) FLOPs / rate x max(1, D S / C) + fixed
+    compute    (ceil(B / D) ceil(K / S) FLOPs / rate + fixed) x max(1, D S / C)
     gradients  latency + 2 (D S - 1) / (D S) 4 P / bandwidth        one ring all-reduce, not hidden behind compute
     basis      latency + 2 (S - 1) / S 4 n B / D / bandwidth         only where the loss couples the terms
 """
@@ -26,7 +26,7 @@ class Machine:
     """One rank's rate in FLOPs/s, the ranks that reach it together, and the links between them."""
 
     rate: float
-    full_speed: int
+    full_speed: float
     fixed: float  # seconds a step whatever the batch: optimiser, averages, launches
     latency: float  # seconds a collective
     bandwidth: float  # bytes/s each rank
@@ -64,7 +64,7 @@ def step_time(work: StepWork, machine: Machine, data: int, basis: int) -> StepTi
     evals = images * math.ceil(work.terms / basis)
     crowd = max(1.0, ranks / machine.full_speed)
     return StepTime(
-        evals * work.flops_per_eval / machine.rate * crowd + machine.fixed,
+        (evals * work.flops_per_eval / machine.rate + machine.fixed) * crowd,
         _all_reduce(4 * work.parameters, ranks, machine),
         _all_reduce(4 * work.numbers * images, basis, machine) if work.coupled else 0.0,
     )
@@ -106,16 +106,18 @@ def _all_reduce(size: float, ranks: int, machine: Machine) -> float:
 
 
 # Fitted by benchmarks/scaling.py: a U-Net's FLOPs/s over those of the convolution that ``this_machine`` times, and gloo
-# on one machine. For GPUs nothing was fitted: the share is a guess, the links are NVLink's order of magnitude.
-UNET_SHARE = {"cpu": 0.5, "cuda": 0.3}
-_LINKS = {"cpu": (5e-3, 0.004, 5e8), "cuda": (2e-3, 5e-5, 1e11)}  # fixed, latency, bandwidth
+# on one machine, whose bandwidth the small network left open. For GPUs nothing was fitted: the share is a guess, the links
+# are NVLink's order of magnitude.
+UNET_SHARE = {"cpu": 0.68, "cuda": 0.3}
+CORES_SHARE = 0.9  # of a CPU's cores, those that compute as if they were alone
+_LINKS = {"cpu": (0.025, 0.0056, 1e9), "cuda": (2e-3, 5e-5, 1e11)}  # fixed, latency, bandwidth
 
 
 def this_machine() -> Machine:
     """With a rate from half a second of convolutions, on one thread a rank or on the GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = UNET_SHARE[device.type] * convolution_rate(device)
-    full_speed = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
+    full_speed = torch.cuda.device_count() if device.type == "cuda" else CORES_SHARE * (os.cpu_count() or 1)
     fixed, latency, bandwidth = _LINKS[device.type]
     return Machine(rate, full_speed, fixed, latency, bandwidth)
 
