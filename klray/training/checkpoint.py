@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from klray.build import build_network
 from klray.config import Config, override
-from klray.errors import UserError
+from klray.errors import RunError, UserError
 from klray.networks.terms import TermNetwork
 from klray.training.state import Progress, TrainState, ema_network
 
@@ -30,13 +31,28 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, torn, altered, or of another model."""
 
 
+class DiskFullError(RunError):
+    """No room for a checkpoint. Those from before are whole."""
+
+
 def save_checkpoint(run_dir: Path, state: TrainState, config: Config, provenance: dict[str, Any], keep: int) -> Path:
     """Writes RUN_DIR/checkpoints/checkpoint_<images>; the newest ``keep`` stay. Only rank 0 calls it.
 
     The averaged weights lie in ``network/`` in diffusers' format, everything else in ``training.safetensors``.
+
+    Raises:
+        DiskFullError: where it does not fit; nothing of it stays.
     """
     target = run_dir / "checkpoints" / f"{_PREFIX}{state.progress.images_seen:012d}"
-    _write(target, state, config, provenance, resumable=True)
+    try:
+        _write(target, state, config, provenance, resumable=True)
+    except (OSError, SafetensorError) as error:
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        shutil.rmtree(_aside(target))
+        raise DiskFullError(
+            f"the disk of {target.parent} is full; make room, then the same command goes on from the last checkpoint"
+        ) from error
     for old in _checkpoints(run_dir)[keep:]:
         shutil.rmtree(old)
     return target
@@ -51,7 +67,7 @@ def save_snapshot(run_dir: Path, state: TrainState, config: Config) -> Path:
 
 def _write(target: Path, state: TrainState, config: Config, provenance: dict[str, Any], *, resumable: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".writing_{target.name}")
+    aside = _aside(target)
     for old in target.parent.glob(".writing_*"):
         shutil.rmtree(old)
     aside.mkdir()
@@ -75,6 +91,10 @@ def _write(target: Path, state: TrainState, config: Config, provenance: dict[str
         shutil.rmtree(target)
     aside.rename(target)
     _to_disk(target.parent)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".writing_{target.name}")
 
 
 def load_latest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:

@@ -16,7 +16,7 @@ from klray.build import build_denoiser, build_network, build_process, build_samp
 from klray.config import Config
 from klray.errors import RunError
 from klray.parallel.mesh import Mesh
-from klray.training.checkpoint import load_latest, read_state, restore, save_checkpoint, save_snapshot
+from klray.training.checkpoint import DiskFullError, load_latest, read_state, restore, save_checkpoint, save_snapshot
 from klray.training.data import ImageData
 from klray.training.images import ImageStream
 from klray.training.initialise import initialise
@@ -49,6 +49,7 @@ def train(
     Raises:
         NonFiniteError: after ``optimizer.max_nonfinite`` steps in a row without a finite gradient.
         CheckpointError: where the run has checkpoints and none is whole.
+        DiskFullError: where a checkpoint does not fit on the disk.
     """
     process = build_process(config)
     network = build_network(config)
@@ -87,11 +88,24 @@ def train(
         if due["evaluation"] and mesh.rank == 0:
             save_snapshot(run_dir, state, config)  # another process evaluates it; nobody waits
         if due["checkpoint"]:
-            if mesh.rank == 0:
-                described = {"data_fingerprint": data.fingerprint, **provenance()}
-                save_checkpoint(run_dir, state, config, described, config.checkpoint.keep)
-            mesh.sum_over_all(torch.zeros(1, device=device))  # nobody goes on before the checkpoint is whole
+            described = {"data_fingerprint": data.fingerprint, **provenance()}
+            _save_checkpoint(config, state, described, mesh, device, run_dir)
     return progress
+
+
+def _save_checkpoint(
+    config: Config, state: TrainState, described: dict[str, Any], mesh: Mesh, device: torch.device, run_dir: Path
+) -> None:
+    """Nobody goes on before the checkpoint is whole; where it does not fit on the disk, nobody goes on at all."""
+    full = None
+    if mesh.rank == 0:
+        try:
+            save_checkpoint(run_dir, state, config, described, config.checkpoint.keep)
+        except DiskFullError as error:
+            full = error
+    failed = mesh.sum_over_all(torch.tensor(float(full is not None), device=device))
+    if failed:
+        raise full or DiskFullError("rank 0 found no room for a checkpoint")
 
 
 def budget_used(config: Config, progress: Progress) -> float:

@@ -106,7 +106,7 @@ def _all_reduce(size: float, ranks: int, machine: Machine) -> float:
 
 
 # Fitted by benchmarks/scaling.py: a U-Net's FLOPs/s over those of the convolution that ``this_machine`` times, and gloo
-# on one machine, whose bandwidth the small network left open. For GPUs nothing was fitted: the share is a guess, the links
+# on one machine, whose bandwidth a small network left open. For GPUs nothing was fitted: the share is a guess, links
 # are NVLink's order of magnitude.
 UNET_SHARE = {"cpu": 0.68, "cuda": 0.3}
 CORES_SHARE = 0.9  # of a CPU's cores, those that compute as if they were alone

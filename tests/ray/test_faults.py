@@ -184,3 +184,22 @@ def test_a_deterministic_failure_is_not_repeated(tmp_path: Path) -> None:
         run_on_ray(config, SharedImages.of(data), mesh_shape=(1, 1), run_dir=tmp_path, provenance={})
     assert starts(tmp_path) == 1
     assert load_latest(tmp_path, warn=pytest.fail) is None  # nothing poisoned was kept
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of its own needs root")
+def test_a_full_disk_where_checkpoints_go(uninterrupted: Callable[[int], dict[str, bytes]], tmp_path: Path) -> None:
+    """One line, no restarts, what was there stays whole; with room the run goes on to the same weights."""
+    expected = uninterrupted(2)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path], check=True)
+    try:
+        run_dir = tmp_path / "run"
+        with pytest.raises(TrainingError, match="is full; make room"):
+            train(run_dir, 2)
+        assert starts(run_dir) == 1
+        latest = load_latest(run_dir, warn=pytest.fail)
+        assert latest is not None and not list(latest.parent.glob(".writing*"))
+        subprocess.run(["mount", "-o", "remount,size=200m", tmp_path], check=True)
+        train(run_dir, 2)
+        assert weights(run_dir) == expected
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
