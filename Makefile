@@ -1,4 +1,5 @@
-# make demo: a first study; make test: lint, types and the whole suite; make test-fast: without Ray and servers.
+# make demo: a first study; make test: lint, types and the suite; make test-fast: without Ray and servers;
+# make test-cluster: ray up for real; make wheel: what cluster.yaml installs.
 # PYTHON names the interpreter (3.11 or newer) that the virtual environment is made with.
 PYTHON ?= python3
 VENV := .venv
@@ -29,14 +30,14 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 test: test-fast
-	$(PYTEST) -q -m slow --durations=15
+	$(PYTEST) -q -m "slow and not cluster" --durations=15
 
 test-fast: lint
 	$(PYTEST) -q -m "not slow" -n logical --dist worksteal
 
 # ray up for real, on hosts made of namespaces; needs root, sshd and rsync.
 test-cluster: $(VENV)/installed-test
-	$(PYTEST) -q -m slow tests/cluster
+	$(PYTEST) -q -m cluster --durations=5
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

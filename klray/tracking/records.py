@@ -44,7 +44,9 @@ class RecordWriter:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._last_step: dict[str, int] = {}
         self._images: set[tuple[str, int]] = set()
+        self._last_ms = 0
         for record, _ in read_records(self.run_dir):
+            self._last_ms = max(self._last_ms, record.get("time_ms", 0))
             if record["kind"] == "metrics":
                 for key in record["values"]:
                     self._last_step[key] = max(record["step"], self._last_step.get(key, record["step"]))
@@ -136,7 +138,9 @@ class RecordWriter:
         self.close()
 
     def _append(self, kind: str, **fields: Any) -> None:
-        record = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **fields}
+        # Never back: a run may go on at a machine whose clock is behind.
+        self._last_ms = max(self._last_ms, time.time_ns() // 1_000_000)
+        record = {"kind": kind, "time_ms": self._last_ms, **fields}
         line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         written = self._file.write(line)
         if written != len(line):

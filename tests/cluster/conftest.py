@@ -24,6 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/cluster" in str(item.path):
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.cluster)
 
 
 def ssh_variant(hosts: Hosts, workers: list[str], token: Path) -> dict[str, Any]:

@@ -153,6 +153,11 @@ def test_a_killed_driver_loses_no_trial_and_repeats_none(tmp_path: Path) -> None
     first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 300
+        while not (folder / "study.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 2 and "study is being run by another process" in second.stderr
         while not any(folder.glob("trials/0001/checkpoints/checkpoint_*/manifest.json")):
             assert first.poll() is None, "the study ended before its second trial was under way"
             assert time.monotonic() < deadline

@@ -164,6 +164,15 @@ except OSError as error:
     assert history(tmp_path) == {"loss": [(1, 1.0), (3, 3.0)]}
 
 
+def test_times_never_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on at a machine whose clock is an hour behind."""
+    for step, seconds in enumerate([5000, 1400, 1500, 6000]):
+        monkeypatch.setattr("time.time_ns", lambda seconds=seconds: seconds * 10**9)
+        with RecordWriter(tmp_path) as writer:
+            writer.metrics(step, {"loss": 1.0})
+    assert [record["time_ms"] for record in records(tmp_path)] == [5_000_000, 5_000_000, 5_000_000, 6_000_000]
+
+
 def test_a_damaged_line_does_not_hide_the_others(tmp_path: Path) -> None:
     with RecordWriter(tmp_path) as writer:
         writer.metrics(1, {"loss": 1.0})
