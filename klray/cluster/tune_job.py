@@ -65,6 +65,7 @@ def run_study(
             scheduler=_scheduler(space),
             num_samples=space.trials,
             max_concurrent_trials=at_once,
+            reuse_actors=inline,  # whose process may take longer to start than the trial takes
             metric=space.objectives[0].metric if single else None,
             mode=_mode(space) if single else None,
         ),
