@@ -64,9 +64,9 @@ def _check(args: Namespace) -> int:
 
 
 def _live(nodes: int, wait: float) -> int:
+    os.environ.setdefault("RAY_ADDRESS", "auto")
     from klray.cluster.live import wait_for_nodes
 
-    os.environ.setdefault("RAY_ADDRESS", "auto")
     found = wait_for_nodes(nodes, wait)
     print(columns([["address", "CPU", "GPU", "Python", "Ray", "klray", "torch"], *(node.texts() for node in found)]))
     if len(found) < nodes:

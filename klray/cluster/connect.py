@@ -32,6 +32,7 @@ def connect() -> None:
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import ray
+    from ray._private import ray_constants
 
     if ray.is_initialized():
         return
@@ -41,6 +42,7 @@ def connect() -> None:
         return
     logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it tells that token auth is on
+    ray_constants.ENABLE_RAY_CLUSTER = False  # as on macOS and Windows: this machine is then 127.0.0.1 to Ray
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     runtime_env["env_vars"] |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback)
     ray.init(
