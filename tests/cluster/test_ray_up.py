@@ -142,7 +142,7 @@ def test_a_folder_that_is_not_shared(cluster: Cluster) -> None:
     said, _ = cluster.submit(f"python -m klray.train --config digits --workers 4 --runs /tmp/own {line}").communicate(
         timeout=120
     )
-    assert "klray.train: /tmp/own/" in said and "10.77.0.2 does not see it" in said, said
+    assert "klray.train: failed: /tmp/own/" in said and "10.77.0.2 does not see it" in said, said
 
 
 def test_hosts_that_fail_in_training(
