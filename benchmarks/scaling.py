@@ -30,7 +30,7 @@ from train_step import klray_step, repeat, timed
 from klray.build import build_network
 from klray.config import load_config
 from klray.parallel.mesh import Mesh
-from klray.training.cost import step_work
+from klray.training.cost import cost_of, step_work
 from klray.training.step_time import Machine, convolution_rate, step_time
 
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
@@ -60,7 +60,7 @@ def worker(rank: int, data: int, basis: int, preset: str, steps: int, folder: st
 
 def main(args: argparse.Namespace) -> None:
     config = load_config(args.config)
-    work = step_work(config, build_network(config))
+    work = step_work(config, cost_of(config, build_network(config)))
     rate = convolution_rate(CPU)
     cells, measured = [], []
     with tempfile.TemporaryDirectory() as folder:

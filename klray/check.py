@@ -58,9 +58,8 @@ def _check(args: Namespace) -> int:
         return 0
     # The cluster's own ports are on its private network: the question is put on the head.
     question = f"python -m klray.check --live --nodes {args.nodes or nodes_at_start(config)} --wait {args.wait:g}"
-    environment = os.environ | {"RAY_UP_enable_autoscaler_v2": "0"} if provider["type"] == "local" else os.environ
     command = [str(Path(sys.executable).parent / "ray"), "exec", str(args.file), question]
-    return int(subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode != 0)
+    return int(subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode != 0)
 
 
 def _live(nodes: int, wait: float) -> int:

@@ -97,10 +97,10 @@ def seeds_of(text: str) -> range:
     Raises:
         UserError: for anything else.
     """
-    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
-    if found is None or int(found[1]) > int(found[2] or found[1]):
+    ends = _ends_of(text)
+    if ends is None or ends[0] > ends[1]:
         raise UserError(f"--seeds must be A-B with A <= B, or one number, got {text!r}; for example 0-63")
-    return range(int(found[1]), int(found[2] or found[1]) + 1)
+    return range(ends[0], ends[1] + 1)
 
 
 def workers_of(text: str) -> tuple[int, int]:
@@ -109,15 +109,21 @@ def workers_of(text: str) -> tuple[int, int]:
     Raises:
         UserError: for anything else.
     """
-    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text.strip())
-    if found is None:
+    ends = _ends_of(text.strip())
+    if ends is None:
         raise UserError(f"--workers must be N, or LEAST-MOST, got {text!r}; for example 2-4")
-    least, most = int(found[1]), int(found[2] or found[1])
+    least, most = ends
     if least < 1:
         raise UserError(f"--workers must be >= 1, got {text}")
     if least > most:
         raise UserError(f"--workers LEAST-MOST must have LEAST <= MOST, got {text}")
     return least, most
+
+
+def _ends_of(text: str) -> tuple[int, int] | None:
+    """(A, B) of A-B, (A, A) of one number."""
+    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
+    return None if found is None else (int(found[1]), int(found[2] or found[1]))
 
 
 def duration(seconds: float) -> str:

@@ -131,7 +131,7 @@ def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
     print(f"FLOPs       {cost['cost.flops_per_eval'] / 1e9:.3f} GFLOP a network evaluation, forward, of one image")
     print(f"            {cost['cost.train_flops_per_image'] / 1e9:.3f} GFLOP a training image")
     print(f"workers     {data_size * basis_size} = {data_size} (data) x {basis_size} (basis)")
-    print("\n".join(expected_lines(step_work(config, build_network(config)), this_machine(), data_size, basis_size)))
+    print("\n".join(expected_lines(step_work(config, cost), this_machine(), data_size, basis_size)))
     return 0
 
 

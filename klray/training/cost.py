@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,9 +36,9 @@ def cost_of(config: Config, network: TermNetwork) -> dict[str, int]:
     }
 
 
-def step_work(config: Config, network: TermNetwork) -> StepWork:
-    """What ``step_time`` needs to know of a configuration. A ``wide`` network makes all terms in one evaluation."""
-    cost = cost_of(config, network)
+def step_work(config: Config, cost: Mapping[str, int]) -> StepWork:
+    """What ``step_time`` needs to know of a configuration, whose ``cost_of`` is given. A ``wide`` network makes all
+    terms in one evaluation."""
     terms, settings = config.evals_per_image, config.data
     return StepWork(
         config.optimizer.batch_size,

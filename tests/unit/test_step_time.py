@@ -62,7 +62,7 @@ def test_the_recorded_measurements() -> None:
     fitted = dict(recorded["constants"])
     rate = fitted.pop("unet_share") * recorded["convolution_flops_per_s"]
     config = load_config(recorded["preset"])
-    work = step_work(config, build_network(config))
+    work = step_work(config, cost_of(config, build_network(config)))
     for row in recorded["rows"]:
         data, basis = (int(size) for size in row["mesh"].split(" x "))
         said = step_time(replace(work, images=row["batch"]), Machine(rate=rate, **fitted), data, basis).total
@@ -71,12 +71,12 @@ def test_the_recorded_measurements() -> None:
 
 def test_the_work_of_a_configuration() -> None:
     config = load_config("digits", ["optimizer.batch_size=32"])
-    work = step_work(config, build_network(config))
     cost = cost_of(config, build_network(config))
+    work = step_work(config, cost)
     assert (work.images, work.terms, work.coupled) == (32, config.evals_per_image, True)
     assert work.flops_per_eval * work.terms == cost["cost.train_flops_per_image"]
     vp = load_config("digits", ["process.num_terms=0"])
-    assert not step_work(vp, build_network(vp)).coupled
+    assert not step_work(vp, cost_of(vp, build_network(vp))).coupled
 
 
 def test_a_rate_is_measured() -> None:
