@@ -1,12 +1,12 @@
 # make demo: a first study; make test: lint, types and the suite; make test-fast: without Ray and servers;
-# make test-cluster: ray up for real; make wheel: what cluster.yaml installs.
+# make test-cluster: ray up for real; make test-faults: what befalls such a cluster; make wheel: what cluster.yaml installs.
 # PYTHON names the interpreter (3.11 or newer) that the virtual environment is made with.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo wheel test test-fast test-cluster lint clean
+.PHONY: demo wheel test test-fast test-cluster test-faults lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 test: test-fast
-	$(PYTEST) -q -m "slow and not cluster" --durations=15
+	$(PYTEST) -q -m "slow and not cluster and not faults" --durations=15
 
 test-fast: lint
 	$(PYTEST) -q -m "not slow" -n logical --dist worksteal
@@ -38,6 +38,10 @@ test-fast: lint
 # ray up for real, on hosts made of namespaces; needs root, sshd and rsync.
 test-cluster: $(VENV)/installed-test
 	$(PYTEST) -q -m cluster --durations=5
+
+# Half an hour. LIBFAKETIME names the library for a wrong clock.
+test-faults: $(VENV)/installed-test
+	$(PYTEST) -q -m faults --durations=0
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

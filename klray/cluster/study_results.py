@@ -19,7 +19,6 @@ from klray.space import Space
 from klray.tracking.records import history
 
 COSTS = ("images_seen", "network_evals", "seconds")
-COSTS = ("images_seen", "network_evals", "seconds")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from klray.tracking.state import load_state
 from klray.training.cost import cost_of
 from klray.training.data import ImageData
 from klray.training.loop import budget_used, train
+from klray.training.run_dir import Turn
 from klray.training.state import Progress
 
 
@@ -43,6 +44,7 @@ def train_and_record(
     """
     mesh = Mesh.create(*mesh_shape, device.type)
     with ExitStack() as stack:
+        turn = Turn(run_dir) if mesh.rank == 0 else None
         writer = stack.enter_context(RecordWriter(run_dir)) if mesh.rank == 0 else None
         if writer is not None:
             writer.status("RUNNING")
@@ -56,6 +58,8 @@ def train_and_record(
 
         def report(progress: Progress, metrics: dict[str, float], images: dict[str, np.ndarray]) -> None:
             metrics = {**metrics, "budget_used": budget_used(config, progress)} if metrics else {}
+            if turn is not None:
+                turn.check()  # also before each checkpoint: a report goes before it
             if writer is not None:
                 record_scores(run_dir, writer, scored)
             if writer is not None and metrics:
@@ -77,12 +81,13 @@ def train_and_record(
                 provenance=lambda: {**provenance, "mlflow_run_id": _mlflow_run_id(run_dir)},
                 warn=writer.note if writer is not None else lambda text: None,
             )
+            status = "FINISHED"
         except BaseException as error:
-            if writer is not None:
-                writer.status("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
             raise
-        if writer is not None:
-            writer.status("FINISHED")
+        finally:
+            if writer is not None and turn is not None and not turn.lost():
+                writer.status(status)
     return progress
 
 

@@ -5,12 +5,46 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from klray.config import Config, ConfigError, flatten, override
+from klray.errors import RunError
+
+
+class TurnError(RunError):
+    """Another group of workers trains this run by now."""
+
+
+class Turn:
+    """A worker group's turn to write into a run's folder, RUN_DIR/turn; the group that took it last has it.
+
+    A machine that was cut off may keep its workers training while others have gone on in their place.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        """Takes it."""
+        self._file, self._mine = run_dir / "turn", secrets.token_hex(8)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        aside = run_dir / f".turn_{self._mine}"
+        aside.write_text(self._mine)
+        aside.replace(self._file)
+
+    def lost(self) -> bool:
+        """Whether another group has taken it since."""
+        return self._file.read_text() != self._mine
+
+    def check(self) -> None:
+        """To be called before each writing.
+
+        Raises:
+            TurnError: where another group has taken it since.
+        """
+        if self.lost():
+            raise TurnError(f"other workers go on with {self._file.parent}; these stop")
 
 
 @contextmanager

@@ -13,18 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
+from klray.tracking.records import history, read_records
+from klray.training.checkpoint import load_latest
 from tests.cluster.hosts import LAPTOP, Hosts, missing
 
 ROOT = Path(__file__).parents[2]
+
+
+TINY = {"network.kind": "mlp", "network.width": 32, "optimizer.batch_size": 64}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/cluster" in str(item.path):
             item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.cluster)
+            item.add_marker("faults" if "test_faults" in item.path.name else "cluster")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what the tests measured."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {name}: {value}")
 
 
 def ssh_variant(hosts: Hosts, workers: list[str], token: Path) -> dict[str, Any]:
@@ -94,6 +108,12 @@ class Cluster:
         command = ["ssh", "-N", "-i", str(self.hosts.key), *options, *ports, f"root@{self.hosts.address('h0')}"]
         self.tunnel = subprocess.Popen(self.hosts.command(LAPTOP, *command), stdin=subprocess.DEVNULL)
 
+    def close_tunnel(self) -> None:
+        if self.tunnel is not None:
+            self.tunnel.kill()
+            self.tunnel.wait()
+            self.tunnel = None
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -119,8 +139,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         down = made.ray("down", "-y", str(made.file))
         assert down.returncode == 0, down.stdout
     finally:
-        if made.tunnel is not None:
-            made.tunnel.kill()
+        made.close_tunnel()
         hosts.close()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -130,3 +149,28 @@ def wait_until(holds: Any, seconds: float, complaint: str) -> None:
     while not holds():
         assert time.monotonic() < give_up, complaint
         time.sleep(0.5)
+
+
+def changes(settings: dict[str, Any]) -> str:
+    """The command line's form of settings."""
+    return " ".join(f"--set {key}={value}" for key, value in settings.items())
+
+
+def steps_done(run_dir: Path) -> int:
+    return max((int(step) for _, step in history(run_dir).get("step", [])), default=0) if run_dir.exists() else 0
+
+
+def starts(run_dir: Path) -> int:
+    """How often a worker group began to train."""
+    return sum(record.get("status") == "RUNNING" for record, _ in read_records(run_dir)) if run_dir.exists() else 0
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The newest checkpoint's weights, averages and moments."""
+    latest = load_latest(run_dir, warn=pytest.fail)
+    assert latest is not None
+    return {
+        f"{file.name}/{name}": tensor
+        for file in (latest / "training.safetensors", latest / "network" / "diffusion_pytorch_model.safetensors")
+        for name, tensor in load_file(file).items()
+    }

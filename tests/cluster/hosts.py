@@ -116,7 +116,9 @@ class Hosts:
         )
         _until((own / "ready").exists, 10, f"{name} does not start; see {own / 'log'}")
         if name != LAPTOP:
-            link = f"ip link add v-{name} type veth peer name eth0 netns {self._init(name)}"
+            # A rebooted machine keeps its hardware address; with a new one its neighbours would not reach it at first.
+            card = f"02:00:0a:4d:00:{int(name[1:]) + 1:02x}"
+            link = f"ip link add v-{name} type veth peer name eth0 address {card} netns {self._init(name)}"
             self._bridge(f"ip link del v-{name} 2>/dev/null; {link} && ip link set v-{name} master bridge up")
         _until((own / "up").exists, 10, f"{name} does not come up; see {own / 'log'}")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -181,23 +183,55 @@ def test_one_name_is_one_configuration(capsys: pytest.CaptureFixture[str]) -> No
     assert "56 images" in capsys.readouterr().out  # the larger budget went on to 7 steps of 8
 
 
-def test_a_torn_checkpoint_is_passed_over_and_all_torn_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tiny("checkpoint.every_images=16") == 0
-    first, last = sorted(Path("runs/run/checkpoints").glob("checkpoint_*"))
-    file = last / "training.safetensors"
+def altered(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:40])
+
+
+@pytest.mark.parametrize("damage", [altered, truncated, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["training.safetensors", "network/diffusion_pytorch_model.safetensors", "state.json", "manifest.json"]
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    damage: Callable[[Path], None], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on from the one before, to the same weights bit for bit."""
+    assert tiny("checkpoint.every_images=16") == 0
+    last = max(Path("runs/run/checkpoints").glob("checkpoint_*"))
+    weights = last / "network" / "diffusion_pytorch_model.safetensors"
+    expected = weights.read_bytes()
+    damage(last / name)
     assert tiny("checkpoint.every_images=16") == 0
     printed = capsys.readouterr().out
-    assert f"{file} is altered or torn (its sha256 differs); trying the checkpoint before it" in printed
+    assert str(last) in printed and "; trying the checkpoint before it" in printed
     assert "finished run" in printed
-    for checkpoint in (first, last):
-        (checkpoint / "state.json").write_bytes((checkpoint / "state.json").read_bytes()[:40])
+    assert weights.read_bytes() == expected
+
+
+def test_a_deleted_checkpoint_is_made_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("checkpoint.every_images=16") == 0
+    last = max(Path("runs/run/checkpoints").glob("checkpoint_*"))
+    weights = last / "network" / "diffusion_pytorch_model.safetensors"
+    expected = weights.read_bytes()
+    shutil.rmtree(last)
+    assert tiny("checkpoint.every_images=16") == 0
+    assert weights.read_bytes() == expected
+
+
+def test_a_run_with_only_damaged_checkpoints_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("checkpoint.every_images=16") == 0
+    both = sorted(Path("runs/run/checkpoints").glob("checkpoint_*"))
+    assert len(both) == 2
+    for checkpoint in both:
+        truncated(checkpoint / "state.json")
     assert tiny("checkpoint.every_images=16") == 2
     assert "is whole; remove them to start anew" in capsys.readouterr().err
-    assert first.exists()
-    assert last.exists()
+    assert all(checkpoint.exists() for checkpoint in both)
 
 
 def test_sampling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
