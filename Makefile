@@ -39,7 +39,7 @@ test-fast: lint
 test-cluster: $(VENV)/installed-test
 	$(PYTEST) -q -m cluster --durations=5
 
-# Half an hour. LIBFAKETIME names the library for a wrong clock.
+# Three quarters of an hour. LIBFAKETIME names the library for a wrong clock.
 test-faults: $(VENV)/installed-test
 	$(PYTEST) -q -m faults --durations=0
 

@@ -108,7 +108,7 @@ def _row(space: Space, folder: Path, trial: FrozenTrial) -> TrialRow:
         state=_state(trial),
         chosen=trial.user_attrs["chosen"],
         values=values,
-        half_widths=[half_width(of_seeds) for of_seeds in zip(*per_seed, strict=True)],
+        half_widths=[half_width(of_seeds) for of_seeds in zip(*per_seed, strict=True)] or [None] * len(values),
         used=used,
         curves=curves,
     )

@@ -13,7 +13,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
 
@@ -29,6 +29,8 @@ from klray.training.loop import NonFiniteError
 _LOOK_FOR_WORKERS_S = 10.0  # how often a run that lost workers looks for places; taking them in repeats unsaved steps
 
 _WAITS = 240  # of 15 s, an hour, for machines that are to come
+
+_BEFORE_RESTART_S = 2.0  # far more than Ray takes to end a controller
 
 
 class WorkersError(UserError):
@@ -111,7 +113,7 @@ def run_on_ray(
             name=f"attempt_{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=_WAITS),
-            callbacks=callbacks,
+            callbacks=[_Patience(), *(callbacks or [])],
         ),
     )
     try:
@@ -177,6 +179,18 @@ def train_in_worker(
     except (UserError, RunError) as error:
         return {"error": str(error), "diverged": isinstance(error, NonFiniteError)}
     return {}
+
+
+class _Patience(UserCallback):
+    """Waits before a worker group is begun anew.
+
+    Where a trial is stopped, Ray ends its workers before their controller. A controller that took this for their
+    failure would begin another group in its last moment, whose places nobody would ever free.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """In the controller's process, which can be ended meanwhile."""
+        time.sleep(_BEFORE_RESTART_S)
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:

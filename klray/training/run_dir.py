@@ -29,9 +29,7 @@ class Turn:
         """Takes it."""
         self._file, self._mine = run_dir / "turn", secrets.token_hex(8)
         run_dir.mkdir(parents=True, exist_ok=True)
-        aside = run_dir / f".turn_{self._mine}"
-        aside.write_text(self._mine)
-        aside.replace(self._file)
+        self._file.write_text(self._mine)
 
     def lost(self) -> bool:
         """Whether another group has taken it since."""

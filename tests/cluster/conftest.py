@@ -22,8 +22,6 @@ from klray.training.checkpoint import load_latest
 from tests.cluster.hosts import LAPTOP, Hosts, missing
 
 ROOT = Path(__file__).parents[2]
-
-
 TINY = {"network.kind": "mlp", "network.width": 32, "optimizer.batch_size": 64}
 
 

@@ -124,6 +124,9 @@ def test_a_bad_setting_is_pruned_and_frees_its_workers(tmp_path: Path) -> None:
     good, bad = trials_of(tmp_path / "studies" / "study")
     assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.PRUNED)
     assert bad.intermediate_values  # what it was judged by
+    with (tmp_path / "studies" / "study" / "results.csv").open() as table:
+        (row,) = [row for row in csv.DictReader(table) if row["state"] == "pruned"]
+    assert float(row["val/eps_mse"]) == bad.intermediate_values[max(bad.intermediate_values)]
     run_dir = tmp_path / "studies" / "study" / "trials" / f"{bad.number:04d}"
     used = history(run_dir)["budget_used"][-1][1]
     assert [r["status"] for r, _ in read_records(run_dir) if r["kind"] == "status"] == ["RUNNING", "KILLED"]
