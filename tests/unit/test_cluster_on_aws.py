@@ -15,18 +15,16 @@ import yaml
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def ec2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def ec2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Its client, after a head and a worker were started there."""
     from ray.autoscaler._private.aws import config as aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.util import prepare_config
 
-    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the key there
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "none")
-    monkeypatch.setattr(aws, "time", SimpleNamespace(sleep=lambda seconds: None))  # half a minute for a new role
-    with moto.mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+    with pytest.MonkeyPatch.context() as patch, moto.mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # Ray writes the key there
+        patch.setattr(aws, "time", SimpleNamespace(sleep=lambda seconds: None))  # half a minute for a new role
         config = aws.bootstrap_aws(prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text())))
         provider = AWSNodeProvider(config["provider"], config["cluster_name"])
         for kind in ("head", "worker"):

@@ -193,9 +193,14 @@ def truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
 
 
-@pytest.mark.parametrize("damage", [altered, truncated, Path.unlink])
 @pytest.mark.parametrize(
-    "name", ["training.safetensors", "network/diffusion_pytorch_model.safetensors", "state.json", "manifest.json"]
+    ("damage", "name"),
+    [
+        (altered, "training.safetensors"),
+        (truncated, "network/diffusion_pytorch_model.safetensors"),
+        (Path.unlink, "state.json"),
+        (Path.unlink, "manifest.json"),
+    ],
 )
 def test_a_damaged_checkpoint_is_passed_over(
     damage: Callable[[Path], None], name: str, capsys: pytest.CaptureFixture[str]
