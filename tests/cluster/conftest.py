@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
-from klray.tracking.records import history, read_records
-from klray.training.checkpoint import load_latest
 from tests.cluster.hosts import LAPTOP, Hosts, missing
 
 ROOT = Path(__file__).parents[2]
@@ -152,23 +148,3 @@ def wait_until(holds: Any, seconds: float, complaint: str) -> None:
 def changes(settings: dict[str, Any]) -> str:
     """The command line's form of settings."""
     return " ".join(f"--set {key}={value}" for key, value in settings.items())
-
-
-def steps_done(run_dir: Path) -> int:
-    return max((int(step) for _, step in history(run_dir).get("step", [])), default=0) if run_dir.exists() else 0
-
-
-def starts(run_dir: Path) -> int:
-    """How often a worker group began to train."""
-    return sum(record.get("status") == "RUNNING" for record, _ in read_records(run_dir)) if run_dir.exists() else 0
-
-
-def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The newest checkpoint's weights, averages and moments."""
-    latest = load_latest(run_dir, warn=pytest.fail)
-    assert latest is not None
-    return {
-        f"{file.name}/{name}": tensor
-        for file in (latest / "training.safetensors", latest / "network" / "diffusion_pytorch_model.safetensors")
-        for name, tensor in load_file(file).items()
-    }

@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 from klray import train
 from klray.tracking.records import history
 from klray.training.checkpoint import load_latest
-from tests.cluster.conftest import TINY, Cluster, changes, starts, steps_done, tensors, wait_until
+from tests.cluster.conftest import TINY, Cluster, changes, wait_until
 from tests.cluster.hosts import LAPTOP
+from tests.run_folders import starts, steps_done, tensors
 
 FOREVER = {"budget.unit": "steps", "budget.amount": 10**7, "checkpoint.every_images": 12800, "tracking.uri": "off"}
 

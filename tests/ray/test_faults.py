@@ -17,14 +17,14 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from safetensors.torch import load_file
 
 from klray.cluster.train_job import SharedImages, TrainingError, run_on_ray
 from klray.config import Config, override
-from klray.tracking.records import history, read_records
+from klray.tracking.records import history
 from klray.training.checkpoint import load_latest
 from klray.training.data import load_images
 from klray.training.loop import finished
+from tests.run_folders import starts, steps_done, tensors
 
 MESHES = {1: (1, 1), 2: (1, 2), 3: (3, 1)}
 STEPS = 300
@@ -54,13 +54,8 @@ def train(run_dir: Path, workers: int) -> None:
 
 def weights(run_dir: Path) -> dict[str, bytes]:
     """Every tensor of the final checkpoint: weights, averages, optimiser."""
-    latest = load_latest(run_dir, warn=pytest.fail)
-    assert latest is not None
     assert finished(config_of(), run_dir, warn=pytest.fail)
-    tensors = load_file(latest / "training.safetensors") | load_file(
-        latest / "network" / "diffusion_pytorch_model.safetensors"
-    )
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors(run_dir).items()}
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +76,6 @@ def train_workers() -> list[psutil.Process]:
         if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
             found.append(process)
     return found
-
-
-def steps_done(run_dir: Path) -> int:
-    return max((int(step) for _, step in history(run_dir).get("step", [])), default=0)
-
-
-def starts(run_dir: Path) -> int:
-    """How often a worker group began to train."""
-    return sum(record.get("status") == "RUNNING" for record, _ in read_records(run_dir))
 
 
 def in_background(task: Callable[[], None]) -> threading.Thread:
