@@ -36,8 +36,10 @@ def validate(
     mine = mesh.share(count)
     size = config.validation.batch_size
     for start in range(mine.start, mine.stop, size):
-        where = torch.arange(start, min(start + size, mine.stop), device=device)
-        x0 = to_unit_range(images[where].to(device))
+        stop = min(start + size, mine.stop)
+        where = torch.arange(start, stop, device=device)
+        # By a slice: CUDA refuses an index on the device for images on the host.
+        x0 = to_unit_range(images[start:stop].to(device))
         for level, t in enumerate(times):
             noise = normal(0, level, Purpose.VALIDATION_NOISE, where, (1, *x0.shape[1:])).to(x0.dtype)
             x_t = process.alpha(t) * x0 + process.sigma(t) * noise[:, 0]
