@@ -6,11 +6,52 @@ A chunked loss runs a network twice and a mesh splits its batch: both must see t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from klray.parallel.random import philox
+
+
+@torch.library.custom_op("klray::dropout", mutates_args=())
+def keyed_dropout(x: Tensor, keys: Tensor, layer: int, threshold: int) -> Tensor:
+    """x [rows, ...] times a mask that ``keys`` [rows, 2] and ``layer`` fix, over the share kept, 1 - threshold/65536.
+
+    The mask is never stored: the backward pass draws it again. Each of its elements takes 16 random bits. Seven rounds
+    of Philox are the fewest that pass all tests of its authors.
+    """
+    count = math.prod(x.shape[1:])
+    block = torch.arange(math.ceil(count / 8), device=x.device)[None]
+    zero = torch.zeros_like(block)
+    words = torch.stack(philox((block, zero + layer, zero, zero), (keys[:, :1], keys[:, 1:]), rounds=7), -1)
+    bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :count]
+    keep = (bits >= threshold).view(x.shape)
+    return x * keep / (1 - threshold / 65536)
+
+
+@keyed_dropout.register_kernel("cuda")
+def _(x: Tensor, keys: Tensor, layer: int, threshold: int) -> Tensor:
+    from klray.parallel import random_kernels
+
+    return random_kernels.dropout(x, keys, layer, threshold)
+
+
+@keyed_dropout.register_fake
+def _(x: Tensor, keys: Tensor, layer: int, threshold: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_keys(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.layer, ctx.threshold = inputs[2:]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return keyed_dropout(gradient, *ctx.saved_tensors, ctx.layer, ctx.threshold), None, None, None
+
+
+keyed_dropout.register_autograd(_backward, setup_context=_keep_keys)
 
 
 class DropoutKeys:
@@ -20,11 +61,7 @@ class DropoutKeys:
 
 
 class KeyedDropout(nn.Module):
-    """Dropout with a mask that is a function of the row's key and of ``layer`` alone.
-
-    Each mask element takes 16 random bits, so p is rounded to a multiple of 1/65536. Seven rounds of Philox are
-    the fewest that pass all tests of its authors; masks are the costly part of dropout without a fused kernel.
-    """
+    """Dropout with a mask that is a function of the row's key and of ``layer`` alone; p is a multiple of 1/65536."""
 
     def __init__(self, p: float, layer: int, keys: DropoutKeys) -> None:
         super().__init__()
@@ -36,13 +73,7 @@ class KeyedDropout(nn.Module):
         rows = self.keys.rows
         if rows is None or len(rows) != len(x):
             raise RuntimeError("keyed dropout: the network was called in training mode without one key for each row")
-        count = math.prod(x.shape[1:])
-        block = torch.arange(math.ceil(count / 8), device=x.device)[None]
-        zero = torch.zeros_like(block)
-        words = torch.stack(philox((block, zero + self.layer, zero, zero), (rows[:, :1], rows[:, 1:]), rounds=7), -1)
-        bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :count]
-        keep = (bits >= self.threshold).view_as(x)
-        return x * keep / (1 - self.threshold / 65536)
+        return keyed_dropout(x, rows, self.layer, self.threshold)
 
 
 def use_keyed_dropout(module: nn.Module) -> DropoutKeys:
