@@ -31,10 +31,10 @@ from klray.build import build_denoiser, build_network, build_process
 from klray.config import Config, load_config
 from klray.core.schedule import Schedule
 from klray.core.timesteps import TIMESTEPS
-from klray.discretize.ask import Ask, Job
-from klray.discretize.fit import fit_timesteps
-from klray.discretize.fit_settings import FitSettings
-from klray.discretize.teacher import Teacher, TeacherPairs
+from klray.schedules.ask import Ask, Job
+from klray.schedules.fit import fit_timesteps
+from klray.schedules.fit_settings import FitSettings
+from klray.schedules.teacher import Teacher, TeacherPairs
 
 SOLVER = "unipc_3"
 
@@ -77,11 +77,11 @@ def fits(config: Config, nfe: int, rounds: int, base: FitSettings) -> dict[str, 
 def pools(preset: str, nfe: int, rounds: int, fit: FitSettings, jobs: int) -> dict[str, list[float]]:
     """Seconds of as many equal jobs on one worker and on two, each of one thread, from the first report of a job on."""
     from klray.cluster.connect import connect
-    from klray.cluster.ld3_pool import Ld3Pool
-    from klray.cluster.ld3_teacher import taught
-    from klray.tracking.ld3_progress import Ld3Progress
+    from klray.sampling.model import load_model
+    from klray.schedules.pool import Ld3Pool
+    from klray.schedules.progress import Ld3Progress
+    from klray.schedules.shared_pairs import taught
     from klray.train import main as train
-    from klray.training.model import load_model
 
     class Timed(Ld3Progress):
         """Knows when the first report came: before it, workers are started and load the model."""

@@ -25,17 +25,17 @@ from typing import Any
 import torch
 
 from klray.build import Grid
-from klray.cluster.evaluate_job import Cell, Features
-from klray.cluster.evaluation import Yardstick, describe, evaluate_cells, open_evaluation
 from klray.core.timesteps import TIMESTEPS
-from klray.discretize.ask import EFFICIENTNET, FIRST_SEED, teacher_of
-from klray.discretize.fit import fit_timesteps
-from klray.discretize.fit_settings import FitSettings
-from klray.discretize.perceptual import FeatureDistance
-from klray.discretize.teacher import load_pairs, save_pairs
-from klray.metrics.feature_maps import efficientnet_maps
-from klray.training.model import load_model
-from klray.training.sampling import Drawing, sampling_of
+from klray.evaluation.cells import Yardstick, describe, evaluate_cells, open_evaluation
+from klray.evaluation.feature_maps import efficientnet_maps
+from klray.evaluation.job import Cell, Features
+from klray.sampling.draw import Drawing, sampling_of
+from klray.sampling.model import load_model
+from klray.schedules.ask import EFFICIENTNET, FIRST_SEED, teacher_of
+from klray.schedules.fit import fit_timesteps
+from klray.schedules.fit_settings import FitSettings
+from klray.schedules.perceptual import FeatureDistance
+from klray.schedules.teacher import load_pairs, save_pairs
 
 FULL = FitSettings(loss=EFFICIENTNET)
 VARIANTS = {

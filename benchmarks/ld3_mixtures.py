@@ -26,10 +26,10 @@ from klray.core.analytic import MixtureDenoiser
 from klray.core.schedule import VPLinear
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
-from klray.discretize.fit import fit_timesteps
-from klray.discretize.fit_settings import ADAM, FitSettings
-from klray.discretize.perceptual import l2
-from klray.discretize.teacher import Teacher, TeacherPairs
+from klray.schedules.fit import fit_timesteps
+from klray.schedules.fit_settings import ADAM, FitSettings
+from klray.schedules.perceptual import l2
+from klray.schedules.teacher import Teacher, TeacherPairs
 
 SCHEDULE = VPLinear()
 TRAIN, UNSEEN, SHAPE = 1000, 1000, (1, 4, 4)

@@ -27,11 +27,11 @@ from klray.build import Sampler, build_network, build_sampler
 from klray.config import Config, Sampling, load_config
 from klray.core.schedule import VPDiscrete
 from klray.core.solvers import SOLVERS
-from klray.metrics.features import build_extractor
-from klray.metrics.scores import fid, kid
-from klray.metrics.statistics import Moments
-from klray.networks.imported import ImportedDenoiser
-from klray.training.sampling import sample_images
+from klray.evaluation.features import build_extractor
+from klray.evaluation.scores import fid, kid
+from klray.evaluation.statistics import Moments
+from klray.sampling.draw import sample_images
+from klray.sampling.imported import ImportedDenoiser
 
 NFE = 20
 PEER = "diffusers DDIMPipeline"

@@ -33,9 +33,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from klray.build import build_network, build_process
 from klray.config import Config, override
+from klray.data.stream import ImageStream
 from klray.parallel.mesh import Mesh
-from klray.training.images import ImageStream
-from klray.training.state import amp_dtype, new_state
+from klray.runs.train_state import amp_dtype, new_state
 from klray.training.step import TrainStep
 
 SMALL = {

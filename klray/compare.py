@@ -144,16 +144,16 @@ def _dry_run(arms: dict[Arm, Config], name: str) -> int:
 
 
 def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, description: dict[str, Any]) -> int:
-    from klray.cluster.compare_job import ComparisonJob
     from klray.cluster.connect import connect
-    from klray.cluster.train_job import SharedImages
+    from klray.comparison.job import ComparisonJob
+    from klray.comparison.progress import ComparisonProgress
     from klray.comparison.report import report, write_files
     from klray.config import flatten
-    from klray.tracking.comparison_progress import ComparisonProgress
+    from klray.data.sources import images_of
+    from klray.runs.study_dir import open_study_folder
     from klray.tracking.mlflow_upload import resolve_uri
     from klray.tracking.parent_run import parent_run
-    from klray.training.data import images_of
-    from klray.training.study_dir import open_study_folder
+    from klray.training.job import SharedImages
 
     def differences(kept: dict[str, Any]) -> list[str]:
         before, now = _compared(kept), _compared(description)

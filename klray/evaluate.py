@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from klray.cli import Parser, add_sampling_flags, check_sampling_flags, columns, options_of, run_command
 
 if TYPE_CHECKING:
-    from klray.cluster.evaluate_job import Cell
-    from klray.training.model import Model
+    from klray.evaluation.job import Cell
+    from klray.sampling.model import Model
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -58,16 +58,16 @@ def _evaluate(args: Namespace) -> int:
     import torch
 
     from klray.cluster.connect import default_workers
-    from klray.cluster.evaluate_job import Features
-    from klray.cluster.evaluation import Yardstick, evaluate_cells, open_evaluation, text_of
-    from klray.metrics.features import find_extractor
-    from klray.metrics.scores import check_metrics
+    from klray.evaluation.cells import Yardstick, evaluate_cells, open_evaluation, text_of
+    from klray.evaluation.features import find_extractor
+    from klray.evaluation.job import Features
+    from klray.evaluation.scores import check_metrics
     from klray.parallel.mesh import Mesh
-    from klray.tracking.find import checkpoint_folder
+    from klray.sampling.draw import Drawing
+    from klray.sampling.find import checkpoint_folder
+    from klray.sampling.model import load_model
     from klray.tracking.mlflow_upload import resolve_uri
     from klray.tracking.state import load_state
-    from klray.training.model import load_model
-    from klray.training.sampling import Drawing
 
     _check(args)
     check_metrics(args.metrics)
@@ -125,9 +125,9 @@ def _cells(args: Namespace, model: Model) -> list[Cell]:
     from itertools import product
 
     from klray.build import build_sampler
-    from klray.cluster.evaluate_job import Cell
-    from klray.discretize.grid_files import grid_of
-    from klray.training.sampling import sampling_of
+    from klray.evaluation.job import Cell
+    from klray.sampling.draw import sampling_of
+    from klray.schedules.grid_files import grid_of
 
     cells = []
     options = options_of(args.option) or None

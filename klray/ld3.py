@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from klray.cli import Parser, columns, options_of, run_command
 
 if TYPE_CHECKING:
-    from klray.cluster.ld3_job import Measuring
-    from klray.discretize.ask import Ask, Job
-    from klray.training.model import Model
+    from klray.sampling.model import Model
+    from klray.schedules.ask import Ask, Job
+    from klray.schedules.job import Measuring
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 def _ld3(args: Namespace) -> int:
     import torch
 
-    from klray.discretize.ask import AskError, check_ask
-    from klray.tracking.find import checkpoint_folder
-    from klray.training.model import load_model
+    from klray.sampling.find import checkpoint_folder
+    from klray.sampling.model import load_model
+    from klray.schedules.ask import AskError, check_ask
 
     for flag, least in (
         ("workers", 1),
@@ -97,9 +97,9 @@ def _jobs(args: Namespace, model: Model) -> list[Job]:
     from itertools import product
 
     from klray.build import build_sampler
-    from klray.discretize.ask import Job
-    from klray.discretize.store import chosen
-    from klray.training.sampling import sampling_of
+    from klray.sampling.draw import sampling_of
+    from klray.schedules.ask import Job
+    from klray.schedules.store import chosen
 
     jobs = []
     for solver, nfe in product(args.solvers, args.nfe):
@@ -110,7 +110,7 @@ def _jobs(args: Namespace, model: Model) -> list[Job]:
 
 
 def _ask(args: Namespace, model: Model) -> Ask:
-    from klray.discretize.ask import PAIRS, Ask, fit_settings, teacher_of
+    from klray.schedules.ask import PAIRS, Ask, fit_settings, teacher_of
 
     fit = fit_settings(args.optimizer, args.set, loss=args.loss, space=args.space)
     return Ask(
@@ -128,11 +128,11 @@ def _ask(args: Namespace, model: Model) -> Ask:
 def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
     from functools import partial
 
-    from klray.cluster.ld3_job import Ld3Job
-    from klray.discretize.ask import AskError, plan_text
-    from klray.discretize.store import home_of
-    from klray.discretize.table import rows_of, text_of
-    from klray.metrics.verdicts import quality_lines
+    from klray.evaluation.verdicts import quality_lines
+    from klray.schedules.ask import AskError, plan_text
+    from klray.schedules.job import Ld3Job
+    from klray.schedules.store import home_of
+    from klray.schedules.table import rows_of, text_of
 
     home = home_of(model.folder)
     job = Ld3Job(model, home, ask, jobs, args.name, args.tracking_uri, args.workers, _measuring(args, model))
@@ -161,11 +161,11 @@ def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
 
 
 def _measuring(args: Namespace, model: Model) -> Measuring | None:
-    from klray.cluster.evaluate_job import Features
-    from klray.cluster.evaluation import Yardstick
-    from klray.cluster.ld3_job import SCORES, Measuring
-    from klray.discretize.ask import AskError
-    from klray.metrics.features import find_extractor
+    from klray.evaluation.cells import Yardstick
+    from klray.evaluation.features import find_extractor
+    from klray.evaluation.job import Features
+    from klray.schedules.ask import AskError
+    from klray.schedules.job import SCORES, Measuring
 
     if args.num_samples == 0:
         return None
@@ -184,8 +184,8 @@ def _measuring(args: Namespace, model: Model) -> Measuring | None:
 
 
 def _list(model: Model) -> int:
-    from klray.discretize.store import home_of, stored
-    from klray.discretize.table import rows_of, text_of
+    from klray.schedules.store import home_of, stored
+    from klray.schedules.table import rows_of, text_of
 
     home = home_of(model.folder)
     found = [each for _, each in stored(home)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from klray.cli import Parser, add_sampling_flags, check_sampling_flags, options_of, run_command, seeds_of
 
 if TYPE_CHECKING:
-    from klray.training.model import Model
+    from klray.sampling.model import Model
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -50,13 +50,13 @@ def _sample(args: Namespace) -> int:
 
     from klray.build import build_sampler
     from klray.cluster.connect import default_workers
-    from klray.cluster.spread import spread
-    from klray.discretize.grid_files import grid_of
     from klray.parallel.mesh import Mesh
-    from klray.tracking.find import checkpoint_folder
-    from klray.training.image_files import check_targets, open_target
-    from klray.training.model import load_model
-    from klray.training.sampling import Drawing, SamplingTask, batches_of, sampling_of
+    from klray.sampling.draw import Drawing, SamplingTask, batches_of, sampling_of
+    from klray.sampling.find import checkpoint_folder
+    from klray.sampling.image_files import check_targets, open_target
+    from klray.sampling.job import spread
+    from klray.sampling.model import load_model
+    from klray.schedules.grid_files import grid_of
 
     check_sampling_flags(args)
     batches = batches_of(seeds_of(args.seeds), args.batch_size)
@@ -93,7 +93,7 @@ def _export(model: Model, folder: Path) -> None:
     from klray.build import build_process
     from klray.config import ConfigError
     from klray.networks.weights import save_pipeline
-    from klray.training.checkpoint import load_network
+    from klray.runs.checkpoint import load_network
 
     if model.config is None:
         raise ConfigError("--export writes a klray model in diffusers' format; this model has it already")

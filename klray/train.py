@@ -13,7 +13,7 @@ from klray.cli import Parser, run_command
 
 if TYPE_CHECKING:
     from klray.config import Config
-    from klray.training.data import ImageData
+    from klray.data.sources import ImageData
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -67,7 +67,7 @@ def _train(args: Namespace) -> int:
         return _dry_run(config, name, (data_size, basis_size))
     data = _data(config)
     if args.runner == "torchrun" and os.environ["RANK"] != "0":
-        from klray.training.loop import finished
+        from klray.runs.progress import finished
 
         run_dir = (args.runs / name).resolve()
         if not finished(config, run_dir, warn=lambda text: None):  # rank 0 asks the same, and says it
@@ -106,7 +106,7 @@ def _workers(args: Namespace) -> tuple[int, int]:
 
 def _data(config: Config) -> ImageData:
     from klray.config import ConfigError
-    from klray.training.data import images_of
+    from klray.data.sources import images_of
 
     settings = config.data
     data = images_of(settings)
@@ -137,13 +137,14 @@ def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
 
 def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, int], data: ImageData, least: int) -> int:
     """Opens the run, follows its records, and trains."""
-    from klray.tracking.evaluate_during import SnapshotEvaluator
+    from klray.runs.progress import finished
+    from klray.runs.provenance import provenance_of
+    from klray.runs.records import RecordWriter
+    from klray.runs.run_dir import open_run
     from klray.tracking.mlflow_upload import TrackingError, Uploader, prepare, resolve_uri
-    from klray.tracking.progress import ProgressLines, summary
-    from klray.tracking.records import RecordWriter
-    from klray.tracking.train_run import provenance_of, record_scores
-    from klray.training.loop import finished
-    from klray.training.run_dir import open_run
+    from klray.training.evaluate_during import SnapshotEvaluator
+    from klray.training.progress import ProgressLines, summary
+    from klray.training.recorded import record_scores
 
     tracking = config.tracking
     asked = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -189,7 +190,7 @@ def _run(
     if args.runner == "ray":
         print("starting Ray and the workers (about half a minute)", flush=True)
         from klray.cluster.connect import connect
-        from klray.cluster.train_job import SharedImages, run_on_ray
+        from klray.training.job import SharedImages, run_on_ray
 
         connect()
         elastic = least if least < mesh_shape[0] * mesh_shape[1] else None
@@ -206,7 +207,7 @@ def _in_process(
     import torch
     import torch.distributed as dist
 
-    from klray.tracking.train_run import train_and_record
+    from klray.training.recorded import train_and_record
 
     device = torch.device("cpu")
     if torch.cuda.is_available():

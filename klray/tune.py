@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from klray.cli import Parser, run_command
 
 if TYPE_CHECKING:
-    from klray.space import Space
+    from klray.study.space import Space
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tune(args: Namespace) -> int:
-    from klray.space import load_space
+    from klray.study.space import load_space
 
     space = load_space(args.space, args.set)
     _check(space, args)
@@ -56,7 +56,7 @@ def _check(space: Space, args: Namespace) -> None:
     from klray.build import build_sampler
     from klray.config import ConfigError
     from klray.parallel.mesh import resolve_mesh
-    from klray.space.space import in_words
+    from klray.study.space.space import in_words
     from klray.training.initialise import checked_start
 
     if args.workers < 1:
@@ -97,16 +97,16 @@ def _run(args: Namespace, space: Space, name: str) -> int:
     from contextlib import ExitStack
 
     from klray.cluster.connect import connect
-    from klray.cluster.evaluate_job import Features
-    from klray.cluster.study_figures import draw_figures
-    from klray.cluster.study_results import collect, ranking, table, train_command, write_csv
-    from klray.cluster.train_job import SharedImages
-    from klray.cluster.tune_job import concurrency, run_study
+    from klray.data.sources import images_of
+    from klray.evaluation.job import Features
+    from klray.runs.study_dir import open_study_folder
+    from klray.study.figures import draw_figures
+    from klray.study.job import concurrency, run_study
+    from klray.study.progress import StudyProgress
+    from klray.study.results import collect, ranking, table, train_command, write_csv
     from klray.tracking.mlflow_upload import resolve_uri
     from klray.tracking.parent_run import parent_run
-    from klray.tracking.study_progress import StudyProgress
-    from klray.training.data import images_of
-    from klray.training.study_dir import open_study_folder
+    from klray.training.job import SharedImages
 
     asked = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
@@ -153,7 +153,7 @@ def _run(args: Namespace, space: Space, name: str) -> int:
 
 def _features(space: Space) -> tuple[str, Path | None]:
     """Which features scores are made of, and their weights; settled before any trial starts."""
-    from klray.metrics.features import EFFICIENTNET, find_extractor
+    from klray.evaluation.features import EFFICIENTNET, find_extractor
 
     settings = space.base.evaluation
     weights = None if settings.inception_weights is None else Path(settings.inception_weights).resolve()

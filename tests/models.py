@@ -10,8 +10,8 @@ from diffusers import UNet2DModel
 
 from klray.build import build_network
 from klray.config import Config, override
-from klray.training.checkpoint import save_snapshot
-from klray.training.state import new_state
+from klray.runs.checkpoint import save_snapshot
+from klray.runs.train_state import new_state
 
 # Of weak noise, alpha(1) = 0.76: untrained networks then make images that are neither black nor white all over.
 BASE: dict[str, Any] = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from klray.tracking.records import history, read_records
-from klray.training.checkpoint import load_latest
+from klray.runs.checkpoint import load_latest
+from klray.runs.records import history, read_records
 
 
 def steps_done(run_dir: Path) -> int:

@@ -1,1 +1,1 @@
-"""Ray: the connection, the jobs. Nothing else imports ray or optuna."""
+"""Ray itself: the connection, a pool of places, process groups, a cluster's file. No job's own code."""

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from klray.statistics import CONFIDENCE
+
 Array = NDArray[np.float64]
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,6 @@ def cost_ratio(arm: Curves, baseline: Curves, error: float, resamples: int = 200
     tail = (1 - CONFIDENCE) / 2  # no interpolation: an infinite ratio has no half way
     low, high = (float(known[round(q * (len(known) - 1))]) for q in (tail, 1 - tail))
     return Interval(value, low, high)
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Of the 95 % t interval of the mean; None for fewer than two values, or where one is not finite."""
-    if len(values) < 2 or not np.isfinite(values).all():
-        return None
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
 
 
 def _ratio(arm: float, baseline: float) -> float:

@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from klray.comparison.curves import Interval, Verdict, half_width
+from klray.comparison.curves import Interval, Verdict
 from klray.comparison.results import AXES, METRIC, ArmResult, common_quality, cost_ratios, verdicts
+from klray.statistics import half_width
 
 
 def report(results: Sequence[ArmResult], quality: float | None = None) -> str:

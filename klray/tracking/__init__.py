@@ -1,1 +1,1 @@
-"""What a run measured: kept in its own directory (records), sent to MLflow from there (mlflow_upload)."""
+"""MLflow, and nothing else: what lies in a run's folder is sent there. Nothing else imports mlflow."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from klray.runs.records import RECORDS_FILE, read_records
 from klray.tracking.mlflow_client import brief, experiment_id, open_client
-from klray.tracking.records import RECORDS_FILE, read_records
 from klray.tracking.state import TrackingError, UploadState, load_state
 
 logger = logging.getLogger("klray.tracking")

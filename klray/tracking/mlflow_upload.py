@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from klray.runs.records import end_of_records, read_records
 from klray.tracking.mlflow_client import brief, prepare
 from klray.tracking.mlflow_send import Sender
-from klray.tracking.records import end_of_records, read_records
 from klray.tracking.state import TrackingError, UploadState, load_state, redact, resolve_uri
 
 __all__ = ["TrackingError", "Uploader", "prepare", "resolve_uri", "upload"]

@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from klray.runs.provenance import git_commit, hardware
+from klray.runs.records import RecordWriter
+from klray.tracking.children import StudyUploads
 from klray.tracking.mlflow_upload import Uploader
-from klray.tracking.records import RecordWriter
-from klray.tracking.study_uploads import StudyUploads
-from klray.tracking.train_run import git_commit, hardware
 
 
 @contextmanager

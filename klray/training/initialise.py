@@ -13,7 +13,7 @@ from klray.config import Config, ConfigError, override
 from klray.errors import UserError
 from klray.networks.terms import TermNetwork
 from klray.networks.weights import start_from_baseline
-from klray.training.checkpoint import load_network
+from klray.runs.checkpoint import load_network
 
 
 def initialise(config: Config, network: TermNetwork, warn: Callable[[str], None]) -> None:

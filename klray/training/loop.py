@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,15 @@ import torch
 
 from klray.build import build_denoiser, build_network, build_process, build_sampler
 from klray.config import Config
+from klray.data.sources import ImageData
+from klray.data.stream import ImageStream
 from klray.errors import RunError
 from klray.parallel.mesh import Mesh
-from klray.training.checkpoint import DiskFullError, load_latest, read_state, restore, save_checkpoint, save_snapshot
-from klray.training.data import ImageData
-from klray.training.images import ImageStream
+from klray.runs.checkpoint import DiskFullError, load_latest, restore, save_checkpoint, save_snapshot
+from klray.runs.progress import fits
+from klray.runs.train_state import Progress, TrainState, ema_network, new_state
+from klray.sampling.draw import image_grid, sample_images
 from klray.training.initialise import initialise
-from klray.training.sampling import image_grid, sample_images
-from klray.training.state import Progress, TrainState, ema_network, new_state
 from klray.training.step import TrainStep
 from klray.training.validate import validate
 
@@ -64,14 +64,14 @@ def train(
     step = TrainStep(config, process, state, images, mesh, device)
     meter = _Meter(config, state, mesh, device)
     progress = state.progress
-    done = not _fits(config, progress)
+    done = not fits(config, progress)
     network.train()
     while not done:
         meter.start()
         meter.losses.append(step())
         # A first step holds the compilation, which is not training time.
         meter.stop(counts=not (config.precision.compile and meter.first))
-        done = not _fits(config, progress)
+        done = not fits(config, progress)
         due = {
             section: getattr(config, section).every_images > 0
             and (done or _due(getattr(config, section).every_images, config, progress))
@@ -106,30 +106,6 @@ def _save_checkpoint(
     failed = mesh.sum_over_all(torch.tensor(float(full is not None), device=device))
     if failed:
         raise full or DiskFullError("rank 0 found no room for a checkpoint")
-
-
-def budget_used(config: Config, progress: Progress) -> float:
-    """The fraction of the budget that is used."""
-    used = {**asdict(progress), "images": progress.images_seen, "steps": progress.step}[config.budget.unit]
-    return used / config.budget.amount
-
-
-def finished(config: Config, run_dir: Path, warn: Callable[[str], None]) -> bool:
-    """Whether the run's newest whole checkpoint has used the budget up.
-
-    Raises:
-        CheckpointError: where the run has checkpoints and none is whole.
-    """
-    latest = load_latest(run_dir, warn)
-    return latest is not None and not _fits(config, Progress(**read_state(latest)["progress"]))
-
-
-def _fits(config: Config, progress: Progress) -> bool:
-    """Whether another step fits into the budget; the first always does. Seconds are used up, not fitted."""
-    batch = config.optimizer.batch_size
-    cost = {"steps": 1, "images": batch, "network_evals": batch * config.evals_per_image, "seconds": 0}
-    used = budget_used(config, progress) + cost[config.budget.unit] / config.budget.amount
-    return used < 1 if config.budget.unit == "seconds" else used <= 1 + 1e-12 or progress.step == 0
 
 
 def _due(every_images: int, config: Config, progress: Progress) -> bool:

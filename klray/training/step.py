@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from klray.config import Config
 from klray.core.losses import backward_kl_loss
 from klray.core.process import NoiseProcess
+from klray.data.stream import ImageStream
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, dropout_keys, normal, permutation, uniform
-from klray.training.images import ImageStream
-from klray.training.state import TrainState, amp_dtype
+from klray.runs.train_state import TrainState, amp_dtype
 
 
 class TrainStep:

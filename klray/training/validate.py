@@ -9,10 +9,10 @@ from klray.build import build_denoiser
 from klray.config import Config
 from klray.core.losses import kl_loss
 from klray.core.process import NoiseProcess
+from klray.data.sources import to_unit_range
 from klray.networks.terms import TermNetwork
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, normal, uniform
-from klray.training.data import to_unit_range
 
 # log(alpha/sigma); inside the range of every process, the truncated one of a single term included.
 NOISE_LEVELS = tuple(-2.5 + 6.5 * i / 7 for i in range(8))

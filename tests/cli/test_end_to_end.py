@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from klray.tracking.records import history, read_records
+from klray.runs.checkpoint import load_latest
+from klray.runs.records import history, read_records
 from klray.tracking.state import load_state
-from klray.training.checkpoint import load_latest
 from tests.cli.mlflow_server import Server
 
 pytestmark = pytest.mark.slow

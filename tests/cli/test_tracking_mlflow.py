@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from klray.runs.records import RecordWriter, end_of_records, history
 from klray.tracking.mlflow_upload import TrackingError, Uploader, prepare, resolve_uri, upload
-from klray.tracking.records import RecordWriter, end_of_records, history
 from klray.tracking.state import UploadState, load_state
 from klray.upload import main
 from tests.cli.mlflow_server import Server, free_port

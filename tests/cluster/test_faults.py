@@ -22,7 +22,7 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from klray.tracking.records import history, read_records
+from klray.runs.records import history, read_records
 from klray.tracking.state import load_state
 from tests.cluster.conftest import TINY, Cluster, changes, wait_until
 from tests.run_folders import starts, steps_done, tensors

@@ -16,8 +16,8 @@ import yaml
 from mlflow import MlflowClient
 
 from klray import train
-from klray.tracking.records import history
-from klray.training.checkpoint import load_latest
+from klray.runs.checkpoint import load_latest
+from klray.runs.records import history
 from tests.cluster.conftest import TINY, Cluster, changes, wait_until
 from tests.cluster.hosts import LAPTOP
 from tests.run_folders import starts, steps_done, tensors

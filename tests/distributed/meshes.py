@@ -11,10 +11,10 @@ import torch.multiprocessing as mp
 
 from klray.build import build_network, build_process
 from klray.config import override
+from klray.data.sources import load_images
+from klray.data.stream import ImageStream
 from klray.parallel.mesh import Mesh
-from klray.training.data import load_images
-from klray.training.images import ImageStream
-from klray.training.state import new_state
+from klray.runs.train_state import new_state
 from klray.training.step import TrainStep
 
 BASE = {

@@ -14,8 +14,8 @@ from klray.build import build_sampler
 from klray.config import ConfigError, Sampling
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, normal
-from klray.training.model import load_model
-from klray.training.sampling import Drawing
+from klray.sampling.draw import Drawing
+from klray.sampling.model import load_model
 from tests.models import far_from_saturated, klray_model
 
 CPU = torch.device("cpu")

@@ -23,16 +23,16 @@ from klray.core.analytic import MixtureDenoiser
 from klray.core.schedule import VPLinear
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
-from klray.discretize.fit import fit_timesteps
-from klray.discretize.fit_settings import ADAM, FitSettings
-from klray.discretize.teacher import Teacher
+from klray.data.sources import images_of
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, normal
-from klray.training.data import images_of
+from klray.runs.train_state import Progress
+from klray.sampling.draw import sample_images
+from klray.sampling.model import load_model
+from klray.schedules.fit import fit_timesteps
+from klray.schedules.fit_settings import ADAM, FitSettings
+from klray.schedules.teacher import Teacher
 from klray.training.loop import train
-from klray.training.model import load_model
-from klray.training.sampling import sample_images
-from klray.training.state import Progress
 
 FILE = Path(__file__).with_name("v0_1.json")
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import ray
 
 from klray import compare
 from klray.comparison.results import METRIC
-from klray.tracking.records import history
+from klray.runs.records import history
 
 TINY = [
     "network.kind=mlp",

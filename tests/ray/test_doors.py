@@ -8,10 +8,10 @@ from typing import Any
 
 import psutil
 
-from klray.cluster.train_job import SharedImages, run_on_ray
 from klray.config import override
-from klray.tracking.records import history
-from klray.training.data import load_images
+from klray.data.sources import load_images
+from klray.runs.records import history
+from klray.training.job import SharedImages, run_on_ray
 
 SETTINGS: dict[str, Any] = {
     "preset": "doors",

@@ -10,13 +10,13 @@ import torch_fidelity
 from torch import Tensor
 
 from klray import train
-from klray.cluster.evaluate_job import Cell, EvaluationTask, Features, Measured, measure, reference_features
 from klray.config import Sampling
-from klray.metrics.reference import Reference
-from klray.metrics.statistics import Moments
+from klray.data.sources import load_images
+from klray.evaluation.job import Cell, EvaluationTask, Features, Measured, measure, reference_features
+from klray.evaluation.reference import Reference
+from klray.evaluation.statistics import Moments
 from klray.parallel.mesh import Mesh
-from klray.training.data import load_images
-from klray.training.sampling import Drawing, SamplingTask, batches_of
+from klray.sampling.draw import Drawing, SamplingTask, batches_of
 from tests.unit.test_metrics import Images
 
 FEATURES = Features("efficientnet_lite0")

@@ -18,12 +18,12 @@ import psutil
 import pytest
 import yaml
 
-from klray.cluster.train_job import SharedImages, TrainingError, run_on_ray
 from klray.config import Config, override
-from klray.tracking.records import history
-from klray.training.checkpoint import load_latest
-from klray.training.data import load_images
-from klray.training.loop import finished
+from klray.data.sources import load_images
+from klray.runs.checkpoint import load_latest
+from klray.runs.progress import finished
+from klray.runs.records import history
+from klray.training.job import SharedImages, TrainingError, run_on_ray
 from tests.run_folders import starts, steps_done, tensors
 
 MESHES = {1: (1, 1), 2: (1, 2), 3: (3, 1)}

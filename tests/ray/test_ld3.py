@@ -21,15 +21,15 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from klray import evaluate, ld3, sample, train
-from klray.cluster.ld3_pool import Ld3Pool
-from klray.cluster.ld3_teacher import taught
 from klray.core.timesteps import TIMESTEPS
-from klray.discretize.ask import Ask, Job, teacher_of
-from klray.discretize.fit_settings import FitSettings
-from klray.discretize.store import StoredSchedule, stored
-from klray.tracking.ld3_progress import Ld3Progress
-from klray.tracking.records import history, read_records
-from klray.training.model import load_model
+from klray.runs.records import history, read_records
+from klray.sampling.model import load_model
+from klray.schedules.ask import Ask, Job, teacher_of
+from klray.schedules.fit_settings import FitSettings
+from klray.schedules.pool import Ld3Pool
+from klray.schedules.progress import Ld3Progress
+from klray.schedules.shared_pairs import taught
+from klray.schedules.store import StoredSchedule, stored
 from tests.models import unet
 
 SETTINGS = ["network.kind=mlp", "network.width=32", "budget.unit=steps", "budget.amount=60"]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from klray import sample
-from klray.cluster.spread import spread
 from klray.config import Sampling
-from klray.training.checkpoint import CheckpointError
-from klray.training.sampling import Drawing, SamplingTask
+from klray.runs.checkpoint import CheckpointError
+from klray.sampling.draw import Drawing, SamplingTask
+from klray.sampling.job import spread
 from tests.models import far_from_saturated, klray_model
 
 SEEDS = "5-14"  # ten, in batches of four: the last one is not full

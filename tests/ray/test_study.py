@@ -18,10 +18,10 @@ import yaml
 from optuna.trial import TrialState
 
 from klray import tune
-from klray.cluster.study_search import DIVERGED, FINISHED, PERCENT, StudySearch, open_study
 from klray.config import Config
-from klray.space import load_space
-from klray.tracking.records import history, read_records
+from klray.runs.records import history, read_records
+from klray.study.search import DIVERGED, FINISHED, PERCENT, StudySearch, open_study
+from klray.study.space import load_space
 
 KID = "eval/kid_64.efficientnet_lite0.train"
 TINY = {

@@ -17,8 +17,8 @@ from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.schedule import EDM, Schedule, VPLinear
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
-from klray.training.model import Model, load_model
-from klray.training.sampling import sampling_of
+from klray.sampling.draw import sampling_of
+from klray.sampling.model import Model, load_model
 from tests.models import klray_model, unet
 
 CPU = torch.device("cpu")

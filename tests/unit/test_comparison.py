@@ -24,7 +24,7 @@ from scipy.special import stdtrit
 from klray import compare as command
 from klray.build import build_process
 from klray.comparison.arms import caveat, read_arm, read_arms
-from klray.comparison.curves import Curves, Interval, compare, cost_ratio, half_width, ratio_of_means, word_of
+from klray.comparison.curves import Curves, Interval, compare, cost_ratio, ratio_of_means, word_of
 from klray.comparison.plan import TUNING_SEED, budget_images, matched, planned
 from klray.comparison.rates import MOST, RUNGS, best_rate, ladder, longer
 from klray.comparison.report import report, write_csv, write_files
@@ -42,6 +42,7 @@ from klray.config import Config, ConfigError, load_config
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.losses import kl_loss
 from klray.core.schedule import VPLinear
+from klray.statistics import half_width
 
 Array = NDArray[np.float64]
 Series = dict[str, list[tuple[int, float]]]

@@ -17,8 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
+from klray.data.sources import DataError, ImageData, horizontal_flip, load_images, to_uint8, to_unit_range
 from klray.errors import UserError
-from klray.training.data import DataError, ImageData, horizontal_flip, load_images, to_uint8, to_unit_range
 
 RNG = np.random.default_rng(0)
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from klray import evaluate, train
-from klray.cluster.spread import spread
-from klray.metrics.figures import overview_figure, quality_figure
+from klray.evaluation.figures import overview_figure, quality_figure
 from klray.parallel.mesh import Mesh
-from klray.tracking.evaluate_during import FOLDER, SnapshotEvaluator, new_scores
-from klray.tracking.records import history
+from klray.runs.records import history
+from klray.sampling.job import spread
+from klray.training.evaluate_during import FOLDER, SnapshotEvaluator, new_scores
 from tests.unit.test_commands import TINY
 
 SMALL = ["--num-samples", "40", "--batch-size", "40", "--metrics", "kid", "--features", "efficientnet_lite0"]

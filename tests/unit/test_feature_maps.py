@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchvision.models import vgg16
 
-from klray.discretize.perceptual import FeatureDistance
-from klray.metrics.feature_maps import VGG_CHANNELS, efficientnet_maps, lpips_vgg
-from klray.metrics.features import FeaturesError, efficientnet
+from klray.evaluation.feature_maps import VGG_CHANNELS, efficientnet_maps, lpips_vgg
+from klray.evaluation.features import FeaturesError, efficientnet
+from klray.schedules.perceptual import FeatureDistance
 
 CPU = torch.device("cpu")
 

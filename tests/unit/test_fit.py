@@ -17,16 +17,16 @@ from klray.core.learned_timesteps import LearnedTimesteps
 from klray.core.schedule import VPLinear
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
-from klray.discretize import fit as fit_module
-from klray.discretize import fit_loop
-from klray.discretize.fit import fit_timesteps
-from klray.discretize.fit_settings import ADAM, FitSettings, Optimizers
-from klray.discretize.forcing import TrainingNoise, project
-from klray.discretize.learned_schedule import LearnedSchedule
-from klray.discretize.perceptual import DISTANCES, FeatureDistance, l2
-from klray.discretize.student import Student
-from klray.discretize.teacher import Teacher, TeacherError, TeacherPairs, load_pairs, save_pairs
 from klray.parallel.random import Purpose, normal
+from klray.schedules import fit as fit_module
+from klray.schedules import fit_loop
+from klray.schedules.fit import fit_timesteps
+from klray.schedules.fit_settings import ADAM, FitSettings, Optimizers
+from klray.schedules.forcing import TrainingNoise, project
+from klray.schedules.learned_schedule import LearnedSchedule
+from klray.schedules.perceptual import DISTANCES, FeatureDistance, l2
+from klray.schedules.student import Student
+from klray.schedules.teacher import Teacher, TeacherError, TeacherPairs, load_pairs, save_pairs
 
 LINEAR = VPLinear()
 SHAPE = (1, 2, 2)

@@ -18,8 +18,8 @@ from klray.core.schedule import EDM, Schedule, VPCosine, VPDiscrete, VPLinear
 from klray.core.solvers import SOLVERS
 from klray.core.solvers.path import multistep_orders
 from klray.core.timesteps import TIMESTEPS
-from klray.discretize.dmn import APART, dmn_grid, dmn_objective, dmn_weights
-from klray.discretize.gits import cost_matrix, gits_costs, gits_grid, gits_grid_from, shortest
+from klray.schedules.dmn import APART, dmn_grid, dmn_objective, dmn_weights
+from klray.schedules.gits import cost_matrix, gits_costs, gits_grid, gits_grid_from, shortest
 
 LINEAR = VPLinear()
 SCHEDULES: dict[str, Schedule] = {

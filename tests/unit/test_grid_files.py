@@ -16,10 +16,10 @@ from klray.core.denoiser import TermDenoiser
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.schedule import EDM, Schedule, VPDiscrete, VPLinear
 from klray.core.timesteps import TIMESTEPS
-from klray.discretize.grid_files import GridError, is_grid_file, read_grid
 from klray.networks.mlp import MLP
 from klray.networks.terms import TermNetwork
-from klray.training.sampling import sample_images
+from klray.sampling.draw import sample_images
+from klray.schedules.grid_files import GridError, is_grid_file, read_grid
 from tests.models import far_from_saturated
 
 GITS = [80.0, 10.9836, 3.8811, 1.584, 0.5666, 0.1698, 0.002]

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from klray.errors import UserError
-from klray.training.image_files import MOST_IN_GRID, check_targets, open_target
-from klray.training.sampling import image_grid
+from klray.sampling.draw import image_grid
+from klray.sampling.image_files import MOST_IN_GRID, check_targets, open_target
 
 SEEDS = [[3, 4, 5], [12], [123456789, 7]]
 KINDS = ["images", "images.zip", "images.npz", "grid.png"]

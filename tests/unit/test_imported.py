@@ -20,8 +20,8 @@ from klray import sample
 from klray.build import Grid, build_sampler
 from klray.config import ConfigError, Sampling
 from klray.parallel.mesh import Mesh
-from klray.training.checkpoint import CheckpointError
-from klray.training.model import Model, load_model
+from klray.runs.checkpoint import CheckpointError
+from klray.sampling.model import Model, load_model
 from tests.models import unet
 
 CPU = torch.device("cpu")

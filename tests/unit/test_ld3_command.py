@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from klray import ld3
-from klray.discretize.store import keep
-from klray.training.model import Model, load_model
+from klray.sampling.model import Model, load_model
+from klray.schedules.store import keep
 from tests.models import klray_model
 from tests.unit.test_store import RECORD
 
@@ -142,7 +142,7 @@ def test_further_seeds_are_further_jobs(checkpoint: Path, capsys: pytest.Capture
 
 
 def checkpoint_home(model: Model) -> Path:
-    from klray.discretize.store import home_of
+    from klray.schedules.store import home_of
 
     return home_of(model.folder.resolve())
 

@@ -14,7 +14,7 @@ from klray.core.learned_timesteps import SPACES, LearnedTimesteps, scaled
 from klray.core.schedule import EDM, Schedule, VPCosine, VPDiscrete, VPLinear
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
-from klray.discretize.student import Student
+from klray.schedules.student import Student
 
 LINEAR = VPLinear()
 SCHEDULES: dict[str, Schedule] = {

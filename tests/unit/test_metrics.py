@@ -26,11 +26,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchvision.transforms.functional import resize
 
 from klray.errors import UserError
-from klray.metrics import features as features_module
-from klray.metrics.features import Extractor, FeaturesError, build_extractor, find_extractor
-from klray.metrics.reference import Reference, load_reference, read_npz
-from klray.metrics.scores import METRICS, compute, fid, inception_score, kid, metric_name, precision_recall
-from klray.metrics.statistics import Moments
+from klray.evaluation import features as features_module
+from klray.evaluation.features import Extractor, FeaturesError, build_extractor, find_extractor
+from klray.evaluation.reference import Reference, load_reference, read_npz
+from klray.evaluation.scores import METRICS, compute, fid, inception_score, kid, metric_name, precision_recall
+from klray.evaluation.statistics import Moments
 
 RNG = np.random.default_rng(0)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klray.tracking.records import RECORDS_FILE, RecordWriter, end_of_records, history, read_records
+from klray.runs.records import RECORDS_FILE, RecordWriter, end_of_records, history, read_records
 from klray.tracking.state import TrackingError, UploadState, load_state, redact, resolve_uri
 
 
@@ -148,7 +148,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
 def test_a_record_that_does_not_fit_on_the_disk_leaves_no_torn_line(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys
-from klray.tracking.records import RecordWriter
+from klray.runs.records import RecordWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 writer = RecordWriter(sys.argv[1])
 writer.metrics(1, {"loss": 1.0})

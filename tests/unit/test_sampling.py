@@ -16,7 +16,7 @@ from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.networks.mlp import MLP
 from klray.networks.terms import TermNetwork
-from klray.training.sampling import image_grid, sample_images
+from klray.sampling.draw import image_grid, sample_images
 
 DATA_STD = 0.5
 

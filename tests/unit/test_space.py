@@ -14,9 +14,9 @@ import optuna
 import pytest
 
 from klray.config import Config, ConfigError, flatten
-from klray.space import Space, load_space
-from klray.space.expressions import Expression, ExpressionError
-from klray.space.space import MOST_CORNERS
+from klray.study.space import Space, load_space
+from klray.study.space.expressions import Expression, ExpressionError
+from klray.study.space.space import MOST_CORNERS
 
 SHIPPED = sorted((Path(__file__).parents[2] / "tune_spaces").glob("*.yaml"))
 SPACE: dict[str, Any] = {

@@ -14,9 +14,9 @@ from klray.config import Sampling
 from klray.core.learned_timesteps import scaled
 from klray.core.schedule import Schedule, VPLinear
 from klray.core.solvers import SOLVERS
-from klray.discretize.grid_files import GridError, grid_of, read_grid
-from klray.discretize.store import StoredSchedule, StoreError, check, file_of, find, home_of, keep, read, stored
-from klray.discretize.table import rows_of, text_of
+from klray.schedules.grid_files import GridError, grid_of, read_grid
+from klray.schedules.store import StoredSchedule, StoreError, check, file_of, find, home_of, keep, read, stored
+from klray.schedules.table import rows_of, text_of
 
 TIMES = [1.0, 0.7, 0.33, 0.05, 0.001]
 SHOWN = [1.0, 0.69, 0.34, 0.06, 0.001]

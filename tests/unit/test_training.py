@@ -12,14 +12,15 @@ import torch
 
 from klray.build import build_denoiser, build_network, build_process
 from klray.config import Config, ConfigError, override
+from klray.data.sources import load_images
+from klray.data.stream import ImageStream
 from klray.parallel.mesh import Mesh
-from klray.training.checkpoint import CheckpointError, load_latest, load_network, restore, save_checkpoint
+from klray.runs.checkpoint import CheckpointError, load_latest, load_network, restore, save_checkpoint
+from klray.runs.progress import finished
+from klray.runs.train_state import Progress, ema_network, new_state
 from klray.training.cost import cost_of
-from klray.training.data import load_images
-from klray.training.images import ImageStream
 from klray.training.initialise import initialise
-from klray.training.loop import NonFiniteError, finished, train
-from klray.training.state import Progress, ema_network, new_state
+from klray.training.loop import NonFiniteError, train
 from klray.training.step import TrainStep
 from klray.training.validate import NOISE_LEVELS, validate
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from klray.config import override
-from klray.tracking.records import RecordWriter, read_records
-from klray.tracking.train_run import train_and_record
-from klray.training.checkpoint import load_latest
-from klray.training.data import load_images
-from klray.training.run_dir import Turn, TurnError
+from klray.data.sources import load_images
+from klray.runs.checkpoint import load_latest
+from klray.runs.records import RecordWriter, read_records
+from klray.runs.run_dir import Turn, TurnError
+from klray.training.recorded import train_and_record
 
 CONFIG = override(
     {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from klray.metrics.verdicts import quality_lines, quality_rows
+from klray.evaluation.verdicts import quality_lines, quality_rows
 
 
 def measured(timesteps: str, kid: float, sd: float | None = None, **changes: Any) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""A comparison's runs on a pool of actors: each group of workers trains one run after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klray.cluster.connect import cluster_size, cpu_share
+from klray.cluster.pool import Place, Report, Work, run_jobs
+from klray.comparison.arms import Arm
+from klray.comparison.plan import TUNING_SEED, PlannedRun, planned
+from klray.comparison.rates import best_rate, ladder, longer
+from klray.comparison.results import ArmResult, arm_result, final_error
+from klray.config import Config
+from klray.parallel.mesh import resolve_mesh
+from klray.runs.progress import finished
+from klray.runs.provenance import provenance_of
+from klray.runs.records import history
+from klray.runs.run_dir import open_run
+from klray.training.job import SharedImages, runs_at_once, train_in_worker
+
+FINISHED, DIVERGED = "finished", "diverged"
+# (a run's name, what became of it: "running", FINISHED, DIVERGED or an error's line; its latest metrics)
+Watch = Callable[[str, str, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class ComparisonJob:
+    """Where and how a comparison's runs are trained.
+
+    ``folder``: holds the runs' folders. ``workers``: of one run. ``details``: kept in every run's run.json.
+    """
+
+    folder: Path
+    images: SharedImages
+    workers: int
+    details: dict[str, Any]
+    watch: Watch
+
+    def run(
+        self, arms: Mapping[Arm, Config], *, seeds: int, rates: int, factor: float
+    ) -> tuple[list[ArmResult], dict[str, str]]:
+        """Tunes every arm's learning rate, then trains its seeds; what an earlier call has trained is taken as it is.
+
+        Args:
+            arms: with their matched configurations.
+            seeds: of each arm at its best rate.
+            rates, factor: of the ladder of learning rates around the configuration's own.
+
+        Returns:
+            the arms' results, and the error's line of every run that failed otherwise than by diverging.
+
+        Raises:
+            WorkersError: where not even one run's workers fit.
+        """
+        failures: dict[str, str] = {}
+        tried: dict[Arm, dict[float, float]] = {arm: {} for arm in arms}
+        due = {arm: ladder(config.optimizer.lr, rates, factor) for arm, config in arms.items()}
+        while any(due.values()):
+            runs = {
+                (arm, rate): planned(arm, arms[arm], rate, "tuning", TUNING_SEED) for arm in arms for rate in due[arm]
+            }
+            outcomes = self.train(list(runs.values()))
+            for (arm, rate), run in runs.items():
+                whole = outcomes[run.name] == FINISHED
+                tried[arm][rate] = final_error(history(self.folder / run.name) if whole else None)
+            failures |= _failures(outcomes)
+            further = {arm: longer(tried[arm], factor, rates) for arm in arms}
+            due = {arm: [] if rate is None else [rate] for arm, rate in further.items()}
+        best = {arm: planned(arm, arms[arm], best_rate(tried[arm]), "result", 0).config for arm in arms}
+        by_arm = {
+            arm: [planned(arm, config, config.optimizer.lr, "result", seed) for seed in range(seeds)]
+            for arm, config in best.items()
+        }
+        outcomes = self.train([run for runs_of_arm in by_arm.values() for run in runs_of_arm])
+        results = []
+        for arm, runs_of_arm in by_arm.items():
+            whole_runs = [history(self.folder / run.name) for run in runs_of_arm if outcomes[run.name] == FINISHED]
+            results.append(arm_result(arm, best[arm], tried[arm], whole_runs, lost=seeds - len(whole_runs)))
+        return results, failures | _failures(outcomes)
+
+    def train(self, runs: Sequence[PlannedRun]) -> dict[str, str]:
+        """Trains what is missing, as many runs at once as have their workers; a dead worker's run goes on elsewhere.
+
+        Returns:
+            FINISHED, DIVERGED or an error's line for each run's name.
+        """
+        outcomes = {run.name: FINISHED for run in runs}
+        missing = []
+        for run in runs:
+            with open_run(self.folder, run.name, run.config, self.details) as run_dir:
+                if not finished(run.config, run_dir, warn=lambda text: None):
+                    missing.append(run)
+        if not missing:
+            return outcomes
+        at_once = min(runs_at_once(self.workers, runs[0].config.budget.unit), len(missing))
+        share = cpu_share(at_once * self.workers)
+        jobs = run_jobs(
+            _prepare,
+            (self.folder, self.images, max(1, int(share))),
+            missing,
+            workers=at_once * self.workers,
+            group_size=self.workers,
+            gpus_per_worker=1 if cluster_size()[1] else None,
+            cpus_per_worker=share,
+            on_report=lambda index, metrics: self.watch(missing[index].name, "running", metrics),
+        )
+        for outcome in jobs:
+            name = missing[outcome.index].name
+            outcomes[name] = outcome.error or outcome.value
+            self.watch(name, outcomes[name], {})
+        return outcomes
+
+
+def _failures(outcomes: Mapping[str, str]) -> dict[str, str]:
+    return {name: outcome for name, outcome in outcomes.items() if outcome not in (FINISHED, DIVERGED)}
+
+
+def _prepare(place: Place, settings: tuple[Path, SharedImages, int]) -> Work:
+    folder, images, threads = settings
+
+    def train(run: PlannedRun, report: Report) -> str:
+        mesh = run.config.mesh
+        run_dir = folder / run.name
+        tags = {"klray.kind": "trial", "klray.arm": run.arm, "klray.stage": run.stage}
+        outcome = train_in_worker(
+            run.config,
+            images,
+            mesh_shape=resolve_mesh(
+                place.size,
+                data=mesh.data,
+                basis=mesh.basis,
+                terms_per_step=run.config.evals_per_image,
+                batch_size=run.config.optimizer.batch_size,
+            ),
+            device=place.device,
+            threads=threads,
+            run_dir=run_dir,
+            provenance={**provenance_of(run.config, run.name, run_dir), **tags},
+            on_validation=report,
+        )
+        return DIVERGED if outcome.get("diverged") else str(outcome.get("error", FINISHED))
+
+    return train

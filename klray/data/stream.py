@@ -1,0 +1,47 @@
+"""Training images on the device, indexed by a keyed permutation: no data-loader state exists."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from klray.data.sources import horizontal_flip, to_unit_range
+from klray.parallel.random import Purpose, permutation, uniform
+
+
+class ImageStream:
+    """An endless stream of images: pass after pass over the data, each in its own keyed order without replacement."""
+
+    def __init__(self, images: np.ndarray, seed: int, flip: bool, device: torch.device) -> None:
+        with warnings.catch_warnings():
+            # Ray's object store hands out read-only memory; it is only read here.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self.images = torch.from_numpy(images).to(device)
+        self.seed, self.flip = seed, flip
+        self._orders: dict[int, Tensor] = {}
+
+    def _order(self, number: int) -> Tensor:
+        if number not in self._orders:
+            self._orders = {n: order for n, order in self._orders.items() if n == number - 1}
+            size, device = len(self.images), self.images.device
+            self._orders[number] = permutation(self.seed, number, Purpose.SHUFFLE, size, device)
+        return self._orders[number]
+
+    def batch(self, step: int, images_seen: int, positions: range) -> Tensor:
+        """The images at ``positions`` of the batch that follows ``images_seen``: [B, C, H, W] float32 in [-1, 1]."""
+        size = len(self.images)
+        place, stop = images_seen + positions.start, images_seen + positions.stop
+        parts = []
+        while place < stop:
+            number, offset = divmod(place, size)
+            count = min(stop - place, size - offset)
+            parts.append(self._order(number)[offset : offset + count])
+            place += count
+        x = to_unit_range(self.images[torch.cat(parts)])
+        if self.flip:
+            where = torch.arange(positions.start, positions.stop, device=x.device)
+            x = horizontal_flip(x, uniform(self.seed, step, Purpose.FLIP, where) < 0.5)
+        return x

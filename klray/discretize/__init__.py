@@ -1,1 +1,0 @@
-"""Time grids for sampling: from files now."""

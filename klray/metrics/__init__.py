@@ -1,1 +1,0 @@
-"""Image metrics: torch-fidelity's formulas and networks, and statistics that merge across workers."""

@@ -1,0 +1,1 @@
+"""What lies on the disk: run folders, checkpoints, records, and where a result comes from."""

@@ -1,0 +1,1 @@
+"""Models to sample from, drawing images from them, and where the images go."""

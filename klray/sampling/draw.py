@@ -1,0 +1,122 @@
+"""Images from a model: seeds fix them, whatever the batch or the number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from klray.build import Grid, Sampler, build_sampler
+from klray.config import Sampling, override
+from klray.core.denoiser import Denoiser
+from klray.core.schedule import Schedule
+from klray.data.sources import to_uint8
+from klray.parallel.mesh import Mesh
+from klray.parallel.random import Purpose, normal
+from klray.sampling.model import Model, load_model
+
+
+@torch.no_grad()
+def sample_images(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    sampler: Sampler,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Tensor:
+    """One image for each seed: uint8 [len(seeds), C, H, W] on the CPU.
+
+    The noise of an image is a function of its seed. The network always sees ``batch_size`` images (the last batch is
+    padded), so that images are bit-equal however the batches are spread over workers.
+    """
+    images = []
+    for batch in batches_of(seeds, batch_size):
+        padded = torch.tensor(batch + batch[:1] * (batch_size - len(batch)), device=device)
+        noise = normal(0, 0, Purpose.SAMPLE, padded, shape).float()
+        images.append(to_uint8(sampler.sample(denoiser, schedule, noise)[: len(batch)]).cpu())
+    return torch.cat(images) if images else torch.empty(0, *shape, dtype=torch.uint8)
+
+
+def batches_of(seeds: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The seeds in lists of ``batch_size``, the last one shorter."""
+    return [list(seeds[start : start + batch_size]) for start in range(0, len(seeds), batch_size)]
+
+
+def sampling_of(model: Model, grid: Grid | None = None, **chosen: Any) -> Sampling:
+    """The model's own sampling settings with those that are not None put in their place; ``nfe`` replaces num_steps.
+
+    A ``grid`` from a file has its own number of steps, which the model's own ``nfe`` then gives way to.
+
+    Raises:
+        ConfigError: for a wrong value.
+    """
+    own = Sampling() if model.config is None else model.config.sampling
+    if grid is not None:
+        own = own.model_copy(update={"nfe": None})
+    changes = [(f"sampling.{key}", value) for key, value in chosen.items() if value is not None]
+    if "solver" in chosen and chosen["solver"] not in (None, own.solver) and not chosen.get("options"):
+        changes.append(("sampling.options", {}))  # they were the other solver's
+    return override({"sampling": own.model_dump(mode="json")}, changes).sampling
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Which model draws, and how; plain values, so that it travels to workers.
+
+    ``clip_x0``: as for ``load_model``. ``compile``: compile the network.
+    """
+
+    checkpoint: Path
+    batch_size: int
+    clip_x0: bool | None = None
+    compile: bool = False
+
+    def load(self, device: torch.device, mesh: Mesh) -> Model:
+        """The model on its device; raises as ``load_model``."""
+        model = load_model(self.checkpoint, device, clip_x0=self.clip_x0, mesh=mesh)
+        if self.compile:
+            model.network.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+        return model
+
+    def drawer(self, model: Model, sampler: Sampler, device: torch.device) -> Callable[[Sequence[int]], Tensor]:
+        """seeds -> uint8 [len(seeds), C, H, W]."""
+        return lambda seeds: sample_images(
+            model.denoiser, model.schedule, sampler, seeds, model.shape, batch_size=self.batch_size, device=device
+        )
+
+
+@dataclass(frozen=True)
+class SamplingTask:
+    """Pieces: seeds; results: their images."""
+
+    drawing: Drawing
+    sampling: Sampling
+    grid: Grid | None
+
+    def start(self, device: torch.device, mesh: Mesh) -> Callable[[Any], Any]:
+        """Loads the model; raises as ``load_model`` and ``build_sampler``."""
+        sampler = build_sampler(self.sampling, self.grid)
+        return self.drawing.drawer(self.drawing.load(device, mesh), sampler, device)
+
+
+def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
+    """uint8 [n, C, H, W] -> one picture, uint8 [h, w, 3], with a one-pixel border; small images are enlarged."""
+    n, _, height, width = images.shape
+    columns = columns or round(n**0.5)
+    rows = -(-n // columns)
+    scale = max(1, 32 // height)
+    images = images.expand(n, 3, height, width).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    height, width = height * scale + 1, width * scale + 1
+    canvas = np.zeros((rows * height + 1, columns * width + 1, 3), dtype=np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        y, x = i // columns * height + 1, i % columns * width + 1
+        canvas[y : y + height - 1, x : x + width - 1] = image
+    return canvas

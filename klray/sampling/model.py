@@ -1,0 +1,113 @@
+"""A trained model to sample from: a klray checkpoint, or a folder in diffusers' format."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from klray.build import build_denoiser, build_process
+from klray.config import Config, ConfigError
+from klray.core.denoiser import Denoiser
+from klray.core.schedule import Schedule
+from klray.parallel.mesh import Mesh
+from klray.runs.checkpoint import CheckpointError, file_digest, load_network, whole_checkpoint
+from klray.sampling.imported import is_imported, load_imported, weight_files
+
+
+@dataclass(frozen=True)
+class Model:
+    """What sampling needs of a trained model.
+
+    Attributes:
+        folder: where it lies: the checkpoint, or the diffusers folder.
+        denoiser: what solvers call.
+        schedule: the noise levels it was trained on.
+        network: the module behind the denoiser, in evaluation mode.
+        shape: of an image, (C, H, W).
+        evals: network evaluations for one score evaluation: M of a ``repeated`` model, else 1.
+        fingerprint: 16 hex digits of what was trained, weights and process.
+        clip_x0: whether its own settings clamp x0_hat to [-1, 1].
+        config: of the training run; None for an imported model.
+        assumed: what had to be assumed of it, in one line.
+    """
+
+    folder: Path
+    denoiser: Denoiser
+    schedule: Schedule
+    network: nn.Module
+    shape: tuple[int, int, int]
+    evals: int
+    fingerprint: str
+    clip_x0: bool
+    config: Config | None
+    assumed: str | None = None
+
+
+def load_model(path: Path, device: torch.device, *, clip_x0: bool | None = None, mesh: Mesh | None = None) -> Model:
+    """Loads a run's newest checkpoint, a checkpoint, or a diffusers folder.
+
+    Args:
+        clip_x0: clamp x0_hat to [-1, 1]; None: as the model's own settings say.
+        mesh: whose basis axis the terms of a ``repeated`` model are spread over.
+
+    Raises:
+        CheckpointError: for a folder that holds no whole model of a kind that is known.
+        ConfigError: for a basis axis longer than the model's terms.
+    """
+    mesh = mesh or Mesh()
+    if is_imported(path):
+        return _imported(path, device, clip_x0, mesh)
+    checkpoint = whole_checkpoint(path)
+    config, network = load_network(checkpoint)
+    process = build_process(config)
+    if mesh.basis_size > (1 if network.wide else process.num_terms):
+        kind = "wide" if network.wide else f"of {process.num_terms} terms"
+        raise ConfigError(f"--basis must be at most the calls that share an evaluation; the model is {kind}")
+    clip = config.sampling.clip_x0 if clip_x0 is None else clip_x0
+    network = network.to(device).requires_grad_(False)
+    denoiser = build_denoiser(config, network, process, mesh)
+    denoiser.clip_x0 = clip
+    weights = file_digest(checkpoint / "network" / "diffusion_pytorch_model.safetensors")
+    return Model(
+        folder=checkpoint,
+        denoiser=denoiser,
+        schedule=process,
+        network=network.backbone,
+        shape=(config.data.channels, config.data.image_size, config.data.image_size),
+        evals=1 if network.wide else process.num_terms,
+        fingerprint=_digest(weights, config.process.model_dump_json(), config.loss.prediction),
+        clip_x0=clip,
+        config=config,
+    )
+
+
+def _imported(path: Path, device: torch.device, clip_x0: bool | None, mesh: Mesh) -> Model:
+    if mesh.basis_size > 1:
+        raise ConfigError("--basis must be 1 for a diffusers model: it has one term")
+    try:
+        model = load_imported(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    clip = model.clip_x0 if clip_x0 is None else clip_x0
+    model.network.to(device)
+    digests = [file_digest(file) for file in weight_files(path)]
+    return Model(
+        folder=path,
+        denoiser=model.denoiser(clip),
+        schedule=model.schedule,
+        network=model.network,
+        shape=model.shape,
+        evals=1,
+        fingerprint=_digest(*digests, model.prediction, str(model.schedule.alpha(torch.linspace(0, 1, 65)).tolist())),
+        clip_x0=clip,
+        config=None,
+        assumed=model.assumed,
+    )
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

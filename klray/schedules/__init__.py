@@ -1,0 +1,1 @@
+"""Time grids for sampling: learned, computed, kept in files, and the pool that learns them."""

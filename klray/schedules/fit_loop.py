@@ -1,0 +1,161 @@
+"""The loop of an LD3 fit: training steps, validations, and what is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from klray.parallel.random import Purpose, permutation
+from klray.schedules.fit_settings import FitSettings, Optimizers
+from klray.schedules.forcing import TrainingNoise
+from klray.schedules.perceptual import Distance
+from klray.schedules.student import Student
+from klray.schedules.teacher import TeacherPairs
+
+Report = Callable[[int, dict[str, float]], None]  # iteration, numbers
+Grids = Mapping[str, Tensor | tuple[Tensor, Tensor | None]]  # name -> timesteps, or (timesteps, model_timesteps)
+
+
+class FitLoop:
+    """One job's state. ``best``: [v], the validation losses of the best parameters so far."""
+
+    def __init__(
+        self,
+        student: Student,
+        pairs: TeacherPairs,
+        settings: FitSettings,
+        distance: Distance,
+        nfe: int,
+        report: Report,
+    ) -> None:
+        self.student, self.times, self.settings, self.distance = student, student.times, settings, distance
+        self.count = len(pairs) - settings.validation_pairs
+        self.pairs, self.train, self.validation = pairs, pairs[: self.count], pairs[self.count :]
+        self.report = report
+        radius = settings.gamma * pairs.noise[0].numel() / nfe**2
+        self.noise = TrainingNoise(self.train.noise, radius, settings.latent_lr / nfe)
+        self.optimizers = Optimizers(self.times, settings, nfe)
+        self.iteration = 0
+
+    def choose_start(self, starts: Grids) -> tuple[str, dict[str, float]]:
+        """The start with the least loss, and the validation losses of all. No start was fitted to any pair, so all
+        pairs choose: where rare noises decide, the validation pairs alone take the wrong one twice as often."""
+        found: dict[str, Tensor] = {}
+        for name, grid in starts.items():
+            self.times.start_from(*_both(grid))
+            losses = self.losses(self.pairs)
+            if bool(torch.isfinite(losses).all()):
+                found[name] = losses
+        if not found:
+            raise ValueError(f"the loss of every start is not finite: {', '.join(starts)}")
+        best = min(found, key=lambda name: float(found[name].mean()))
+        self.times.start_from(*_both(starts[best]))
+        self.start = found[best]
+        self.best = self.start[self.count :]
+        self._save()
+        self.start_state = self.best_state
+        # Losses are trained on in units of the start's, so that step sizes mean the same for every loss and solver.
+        self.unit = max(float(self.start[: self.count].mean()), 1e-300)
+        return best, {name: float(losses[self.count :].mean()) for name, losses in found.items()}
+
+    def learn(self) -> bool:
+        """Trains; leaves the chosen parameters in ``times``. Returns whether they are learned ones."""
+        settings, patience = self.settings, 0
+        rounds = settings.rounds_theta + settings.rounds_both
+        if self.times.num_steps == 1 and self.times.scale is None:
+            rounds = 0  # nothing is free
+        batches = -(-len(self.train) // settings.batch_size)
+        for number in range(rounds):
+            if number == settings.rounds_theta:
+                self.optimizers.learn_network_times()
+            if number and settings.reload_each_round:
+                self._reload()
+            order = permutation(settings.seed, number, Purpose.SHUFFLE, len(self.train), self.train.noise.device)
+            for batch in order.split(settings.batch_size):
+                loss = self._step(batch)
+                self.optimizers.anneal(self.iteration / (rounds * batches))
+                if self.iteration % settings.validate_every and self.iteration < rounds * batches:
+                    continue
+                improved = self._validate(loss)
+                patience = 0 if improved else patience + 1
+                if patience == settings.patience:
+                    patience = 0
+                    self._reload()
+                    self.optimizers.decay()
+            self.noise.end_round()
+        return self._choose()
+
+    def _step(self, batch: Tensor) -> float:
+        """One step of the parameters, and of the noises of these training pairs [b]; returns the mean loss."""
+        images, soft = self.train.images[batch], self.noise.soft
+        noise = self.noise.moved[batch].requires_grad_(soft)
+        losses = self.distance(self.student(noise), images) / self.unit
+        parameters = self.optimizers.parameters
+        # The sum: so the noises' gradients do not depend on the batch; the parameters' are divided below.
+        inputs = [*parameters, noise] if soft else parameters
+        gradients = torch.autograd.grad(losses.sum(), inputs, materialize_grads=True)
+        self.iteration += 1
+        if not all(bool(torch.isfinite(each).all()) for each in gradients):
+            self._reload()
+            return math.nan
+        if soft:
+            proposed = self.noise.propose(batch, gradients[-1])
+            with torch.no_grad():  # the parameters have not moved yet: both losses are of the same student
+                after = self.distance(self.student(proposed), images) / self.unit
+            self.noise.keep_better(batch, proposed, losses.detach(), after)
+        self.optimizers.step([each / len(batch) for each in gradients[: len(parameters)]])
+        return float(losses.detach().mean()) * self.unit
+
+    def _validate(self, train_loss: float) -> bool:
+        losses = self.losses(self.validation)
+        mean = float(losses.mean())
+        improved = mean < float(self.best.mean())
+        if improved:
+            self.best = losses
+            self._save()
+        numbers = {"train_loss": train_loss, "validation_loss": mean, "best_loss": float(self.best.mean())}
+        self.report(self.iteration, {**numbers, **self.noise.statistics(), "lr": self.optimizers.lr})
+        return improved
+
+    def _choose(self) -> bool:
+        """Keeps the best parameters if they beat the start by more than chance; else goes back to the start."""
+        self.times.load_state_dict(self.best_state)
+        gain = self.start - self.losses(self.pairs)
+        error = float(gain.std(correction=0)) / math.sqrt(max(1, len(gain) - 1))
+        better = float(self.best.mean()) < float(self.start[self.count :].mean())
+        if better and float(gain.mean()) > self.settings.margin * error:
+            return True
+        self.best = self.start[self.count :]
+        self.times.load_state_dict(self.start_state)
+        return False
+
+    @torch.no_grad()
+    def losses(self, pairs: TeacherPairs) -> Tensor:
+        """The loss of each pair at its own noise, [n] float64."""
+        size = self.settings.validation_batch
+        parts = zip(pairs.noise.split(size), pairs.images.split(size), strict=True)
+        return torch.cat([self.distance(self.student(noise), images).double() for noise, images in parts])
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """The two grids as they are now, each [N + 1]."""
+        return self.times()
+
+    def statistics(self) -> dict[str, float]:
+        """On the whole fit."""
+        return {"iterations": float(self.iteration), **self.noise.statistics(), "radius": self.noise.radius}
+
+    def _save(self) -> None:
+        self.best_state = {name: value.clone() for name, value in self.times.state_dict().items()}
+
+    def _reload(self) -> None:
+        """The best parameters again, with fresh optimisers; noises stay where they are."""
+        self.times.load_state_dict(self.best_state)
+        self.optimizers.reset()
+
+
+def _both(grid: Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    return grid if isinstance(grid, tuple) else (grid, None)

@@ -1,0 +1,1 @@
+"""Studies: what a space file asks, the search, its trials, and what they found."""

@@ -1,0 +1,143 @@
+"""A study on Ray Tune: every trial is a Ray Train run, in a folder of its own that it goes on from."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from klray.cluster.connect import cluster_size, cpu_share
+from klray.evaluation.job import Features
+from klray.runs.records import RecordWriter
+from klray.study.scores import study_reference
+from klray.study.search import ERROR, FINISHED, PERCENT, StudySearch, trial_name
+from klray.study.space import Space
+from klray.study.trial import Plan, run_trial
+from klray.training.job import SharedImages, runs_at_once
+
+Watch = Callable[[str, int, Mapping[str, Any]], None]  # (what happened, trial's number, its result)
+
+
+def run_study(
+    space: Space,
+    folder: Path,
+    images: SharedImages,
+    *,
+    workers: int,
+    inline: bool,
+    features: Features,
+    details: dict[str, Any],
+    watch: Watch,
+) -> None:
+    """Runs what is missing of a study: trials that were left unfinished, then new ones up to ``space.trials``.
+
+    As many trials run beside each other as have their workers at once, so no trial waits for another's.
+
+    Args:
+        folder: of the study; Optuna's storage and the trials' runs are in it.
+        workers: of one trial.
+        inline: the loop in a trial's own process, one worker, without Ray Train.
+        features: where an objective is a score of images.
+        details: kept in every run's run.json.
+        watch: told what happens.
+
+    Raises:
+        WorkersError: where not even one trial's workers fit.
+        KeyboardInterrupt: on Ctrl-C; the same call goes on.
+    """
+    at_once = concurrency(space, workers)
+    share = cpu_share(at_once * workers)
+    plan = Plan(space, folder, images, workers, inline, share, features, details, Path.cwd())
+    # A trial that only waits for its workers takes no CPU, and stays beside the driver.
+    own = {"CPU": share, "GPU": min(1, cluster_size()[1])} if inline else {"node:__internal_head__": 0.001}
+    if any(objective.score for objective in space.objectives):
+        study_reference(space.base, images, features)  # once, before trials would each want it
+    single = len(space.objectives) == 1
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, plan=plan), own),
+        tune_config=tune.TuneConfig(
+            search_alg=StudySearch(space, folder),
+            scheduler=_scheduler(space),
+            num_samples=space.trials,
+            max_concurrent_trials=at_once,
+            reuse_actors=inline,  # whose process may take longer to start than the trial takes
+            metric=space.objectives[0].metric if single else None,
+            mode=_mode(space) if single else None,
+        ),
+        # A name of its own each time: what goes on is in Optuna's storage and in the runs, not in Tune's snapshot.
+        run_config=tune.RunConfig(
+            name=f"attempt_{time.time_ns()}",
+            storage_path=str(folder / "ray"),
+            callbacks=[_Watcher(watch, space, folder)],
+            verbose=0,
+        ),
+    )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks; failures are told by ``watch``
+    try:
+        tuner.fit()
+    except SystemExit as stop:  # Ray answers Ctrl-C with sys.exit
+        raise KeyboardInterrupt from stop
+
+
+def concurrency(space: Space, workers: int) -> int:
+    """How many trials of so many workers run at once.
+
+    Raises:
+        WorkersError: where none does.
+    """
+    fit = runs_at_once(workers, space.budget.unit)
+    return min(fit, space.concurrency or fit, space.trials)
+
+
+def _scheduler(space: Space) -> TrialScheduler:
+    """Early stopping along the budget, so that trials of different M are compared at equal cost."""
+    grace = max(1, round(100 * space.scheduler.min_fraction))
+    if space.scheduler.kind == "asha":
+        # max_t beyond 100: no trial is stopped for having used its whole budget, it ends by itself.
+        factor = space.scheduler.reduction_factor
+        return AsyncHyperBandScheduler(time_attr=PERCENT, grace_period=grace, max_t=1000, reduction_factor=factor)
+    if space.scheduler.kind == "median":
+        return MedianStoppingRule(time_attr=PERCENT, grace_period=grace)
+    return FIFOScheduler()
+
+
+def _mode(space: Space) -> str:
+    return "min" if space.objectives[0].direction == "minimize" else "max"
+
+
+class _Watcher(tune.Callback):
+    """Passes on what happens to trials, and closes the records of those that are stopped."""
+
+    def __init__(self, watch: Watch, space: Space, folder: Path) -> None:
+        self._watch, self._space, self._folder = watch, space, folder
+
+    def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        self._watch("started", trial.config["number"], {"chosen": trial.config["chosen"]})
+
+    def on_trial_result(
+        self, iteration: int, trials: Sequence[Any], trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        event = "finished" if FINISHED in result else "failed" if ERROR in result else "running"
+        self._watch(event, trial.config["number"], result)
+
+    def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        if not {FINISHED, ERROR} & (trial.last_result or {}).keys():
+            number = trial.config["number"]
+            with RecordWriter(self._folder / "trials" / trial_name(self._space, number, 0)) as writer:
+                writer.status("KILLED")
+            self._watch("pruned", number, trial.last_result or {})
+
+    def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        self._watch("failed", trial.config["number"], {ERROR: _last_line(trial)})
+
+
+def _last_line(trial: Any) -> str:
+    """Of what Tune wrote of an error that no rule foresees."""
+    file = Path(trial.error_file or "")
+    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    return lines[-1][:300] if lines else "unknown error"
