@@ -132,6 +132,8 @@ class Precision(_Section):
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 on GPUs that have it, else off
     compile: bool = False
     channels_last: bool = False
+    fused: Literal["auto", "on", "off"] = "auto"  # the U-Net in few kernels; auto: on GPUs, unless compile is set
+    cuda_graph: Literal["auto", "off"] = "auto"  # the whole step as one launch; auto: on one GPU
 
 
 class Mesh(_Section):
@@ -267,10 +269,13 @@ class Config(_Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: all but the budget's size, the mesh, and where and how often to report."""
+        """What makes two runs the same run: all but the budget's size, the mesh, what only makes it faster, and where
+        and how often to report."""
         full = self.model_dump(mode="json")
         for section in ("mesh", "tracking", "checkpoint", "evaluation"):
             del full[section]
+        for speed in ("fused", "cuda_graph"):
+            del full["precision"][speed]
         del full["budget"]["amount"]
         return full
 

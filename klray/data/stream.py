@@ -30,8 +30,8 @@ class ImageStream:
             self._orders[number] = permutation(self.seed, number, Purpose.SHUFFLE, size, device)
         return self._orders[number]
 
-    def batch(self, step: int, images_seen: int, positions: range) -> Tensor:
-        """The images at ``positions`` of the batch that follows ``images_seen``: [B, C, H, W] float32 in [-1, 1]."""
+    def rows(self, images_seen: int, positions: range) -> Tensor:
+        """Which images stand at ``positions`` of the batch that follows ``images_seen``, [B]."""
         size = len(self.images)
         place, stop = images_seen + positions.start, images_seen + positions.stop
         parts = []
@@ -40,8 +40,14 @@ class ImageStream:
             count = min(stop - place, size - offset)
             parts.append(self._order(number)[offset : offset + count])
             place += count
-        x = to_unit_range(self.images[torch.cat(parts)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def take(self, rows: Tensor, step: int | Tensor, where: Tensor) -> Tensor:
+        """The images ``rows`` [B] as the batch's positions ``where`` [B] see them: [B, C, H, W] float32 in [-1, 1].
+
+        ``step`` and ``where`` say which of them are flipped. The host does nothing but launch.
+        """
+        x = to_unit_range(self.images[rows])
         if self.flip:
-            where = torch.arange(positions.start, positions.stop, device=x.device)
             x = horizontal_flip(x, uniform(self.seed, step, Purpose.FLIP, where) < 0.5)
         return x

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from klray.networks.dropout import use_keyed_dropout
+from klray.networks.fused_unet import fused_unet
 
 ARCHITECTURES = ("repeated", "wide")
 TERM_INPUTS = ("class_embedding", "time_offset")
@@ -54,6 +56,7 @@ class TermNetwork(nn.Module):
         self.num_terms, self.wide = num_terms, architecture == "wide"
         self.time_grid = time_grid if term_input == "time_offset" and not self.wide else None
         self.dropout_keys = use_keyed_dropout(backbone)
+        self.fused = False  # whether the backbone, a plain U-Net, runs through fused_unet
 
     def forward(self, x: Tensor, t: Tensor, terms: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         """``dropout_keys`` [rows, 2]: one Philox key a backbone row (B * K rows, image-major; B if ``wide``)."""
@@ -69,7 +72,9 @@ class TermNetwork(nn.Module):
         return self._backbone(rows, time, label).unflatten(0, (len(x), count))
 
     def _backbone(self, x: Tensor, t: Tensor, term: Tensor | None) -> Tensor:
+        dtype = next(self.backbone.parameters()).dtype
+        time = (1000 * t.double() - 1).to(torch.promote_types(dtype, torch.float32))  # 1000 t - 1 needs its digits
+        if self.fused:
+            return fused_unet(self.backbone, x, time, term)
         label = {} if term is None else {"class_labels": term}
-        parameter = next(self.backbone.parameters())
-        time = (1000 * t.double() - 1).to(parameter.dtype)
-        return self.backbone(x.to(parameter.dtype), time, return_dict=False, **label)[0]
+        return self.backbone(x.to(dtype), time, return_dict=False, **label)[0]

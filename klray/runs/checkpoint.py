@@ -155,7 +155,7 @@ def restore(path: Path, state: TrainState) -> dict[str, Any]:
         _match_layout(state.optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path} is of another model: {' '.join(str(error).split())[:200]}") from error
-    state.ema.n_averaged.fill_(int(tensors["n_averaged"]))
+    state.ema.updates = int(tensors["n_averaged"])
     state.nonfinite.copy_(tensors["nonfinite"])
     state.scaler.load_state_dict(described["scaler"])
     state.progress = Progress(**described["progress"])
@@ -215,7 +215,7 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     tensors = {f"network.{name}": tensor for name, tensor in state.network.state_dict().items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
-    tensors |= {"n_averaged": state.ema.n_averaged, "nonfinite": state.nonfinite}
+    tensors |= {"n_averaged": torch.tensor(state.ema.updates), "nonfinite": state.nonfinite}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
-from klray.config import Config, Ema
+from klray.config import Config, ConfigError, Ema
+from klray.networks.fused_unet import can_fuse
 from klray.networks.terms import TermNetwork
 
 
@@ -23,12 +23,34 @@ class Progress:
     seconds: float = 0.0
 
 
+class Average:
+    """The exponential moving average of a network's weights, and how often it was updated. The host never waits."""
+
+    def __init__(self, network: TermNetwork, settings: Ema) -> None:
+        self.settings, self.updates = settings, 0
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self._weights = tuple(self.network.parameters()), tuple(network.parameters())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """The first takes the weights as they are; decay is (1 + n)/(10 + n) at first, where ``warmup`` says so."""
+        averages, weights = self._weights
+        n, decay = self.updates, self.settings.decay
+        if self.settings.warmup:
+            decay = min(decay, (1 + n) / (10 + n))
+        if n == 0:
+            torch._foreach_copy_(averages, weights)
+        else:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        self.updates += 1
+
+
 @dataclass
 class TrainState:
     """``nonfinite`` [2] on the device: skipped steps in all, and in a row."""
 
     network: TermNetwork
-    ema: AveragedModel
+    ema: Average
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     nonfinite: Tensor
@@ -46,38 +68,39 @@ def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
 def new_state(config: Config, network: TermNetwork, device: torch.device) -> TrainState:
     """The state before the first step; ``network`` is moved to the device."""
     network.to(device)
-    if config.precision.channels_last:
+    network.fused = fuses(config, network, device)
+    if config.precision.channels_last or network.fused:
         network.to(memory_format=torch.channels_last)
-    settings = config.optimizer
+    settings, on_gpu = config.optimizer, device.type == "cuda"
     optimizer = torch.optim.AdamW(
         network.parameters(),
-        lr=settings.lr,
+        # A captured step reads its rate where it lies; elsewhere a number spares the device a tensor.
+        lr=torch.tensor(settings.lr, device=device) if on_gpu else settings.lr,
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         fused=True,
+        capturable=on_gpu,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config, device) is torch.float16)
-    # n_averaged stays on the CPU, where reading it does not wait for the device.
-    ema = AveragedModel(network, multi_avg_fn=_ema_update(config.ema))
-    ema.requires_grad_(False).eval()
+    average = Average(network, config.ema)
     if config.precision.compile:
         network.backbone.compile()
-    return TrainState(network, ema, optimizer, scaler, torch.zeros(2, device=device))
+    return TrainState(network, average, optimizer, scaler, torch.zeros(2, device=device))
 
 
-def _ema_update(settings: Ema):  # type: ignore[no-untyped-def]
-    @torch.no_grad()
-    def update(averages: Sequence[Tensor], parameters: Sequence[Tensor], updates: int | Tensor) -> None:
-        n = int(updates)
-        decay = min(settings.decay, (1 + n) / (10 + n)) if settings.warmup else settings.decay
-        torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
+def fuses(config: Config, network: TermNetwork, device: torch.device) -> bool:
+    """Whether the network runs through ``networks.fused_unet``: by default on GPUs, where it is not compiled instead.
 
-    return update
+    Raises:
+        ConfigError: where precision.fused is on for a network that it does not know.
+    """
+    asked, known = config.precision.fused, can_fuse(network.backbone)
+    if asked == "on" and not known:
+        raise ConfigError(f"precision.fused on is for network.kind unet, got {config.network.kind}; set it to auto")
+    return asked == "on" or (asked == "auto" and known and device.type == "cuda" and not config.precision.compile)
 
 
 def ema_network(state: TrainState) -> TermNetwork:
     """The averaged network, in evaluation mode."""
-    network: nn.Module = state.ema.module
-    assert isinstance(network, TermNetwork)
-    return network
+    return state.ema.network

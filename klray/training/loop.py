@@ -22,7 +22,7 @@ from klray.runs.progress import fits
 from klray.runs.train_state import Progress, TrainState, ema_network, new_state
 from klray.sampling.draw import image_grid, sample_images
 from klray.training.initialise import initialise
-from klray.training.step import TrainStep
+from klray.training.step import TrainStep, learning_rate
 from klray.training.validate import validate
 
 # (progress, metrics, images): called on every rank with the same metrics; images [h, w, 3] uint8 on rank 0 alone.
@@ -61,16 +61,16 @@ def train(
         restore(latest, state)
     images = ImageStream(data.train, config.seed, config.data.flip, device)
     held_out = torch.from_numpy(np.ascontiguousarray(data.held_out))
-    step = TrainStep(config, process, state, images, mesh, device)
+    network.train()
+    step = TrainStep(config, process, state, images, mesh, device, warn)
     meter = _Meter(config, state, mesh, device)
     progress = state.progress
     done = not fits(config, progress)
-    network.train()
     while not done:
         meter.start()
         meter.losses.append(step())
         # A first step holds the compilation, which is not training time.
-        meter.stop(counts=not (config.precision.compile and meter.first))
+        meter.stop(counts=not (meter.first and (config.precision.compile or device.type == "cuda")))
         done = not fits(config, progress)
         due = {
             section: getattr(config, section).every_images > 0
@@ -79,7 +79,6 @@ def train(
         }
         # Before anything else takes the device's time, what training took is settled.
         if any(due.values()) or progress.step % config.tracking.every_steps == 0:
-            _check_finite(state, config)
             report(progress, meter.metrics(step), {})
         if due["validation"]:
             report(progress, validate(config, process, ema_network(state), held_out, mesh, device), {})
@@ -110,15 +109,6 @@ def _save_checkpoint(
 
 def _due(every_images: int, config: Config, progress: Progress) -> bool:
     return progress.step % max(1, every_images // config.optimizer.batch_size) == 0
-
-
-def _check_finite(state: TrainState, config: Config) -> None:
-    in_a_row = int(state.nonfinite[1])
-    if in_a_row >= config.optimizer.max_nonfinite:
-        raise NonFiniteError(
-            f"{in_a_row} steps in a row had a non-finite gradient, up to step {state.progress.step}; "
-            "lower optimizer.lr or set precision.amp=off. The last checkpoint is from before."
-        )
 
 
 def _sample_grid(
@@ -165,19 +155,28 @@ class _Meter:
             progress.seconds = float(self.mesh.from_first(seconds))
 
     def metrics(self, step: TrainStep) -> dict[str, float]:
-        """Means over the steps since the last call; equal on every rank."""
+        """Means over the steps since the last call; equal on every rank.
+
+        Raises:
+            NonFiniteError: where the last steps had no finite gradient.
+        """
         progress, waited = self.state.progress, time.perf_counter()
         loss = self.mesh.sum_over_all(torch.stack(self.losses).double().mean()) / self.mesh.data_size
-        skipped, value = int(self.state.nonfinite[0]), float(loss)  # waits for the device
+        value, skipped, in_a_row = torch.cat([loss[None], self.state.nonfinite.double()]).tolist()  # the only wait
         progress.seconds += time.perf_counter() - waited
+        if in_a_row >= self.config.optimizer.max_nonfinite:
+            raise NonFiniteError(
+                f"{in_a_row:.0f} steps in a row had a non-finite gradient, up to step {progress.step}; "
+                "lower optimizer.lr or set precision.amp=off. The last checkpoint is from before."
+            )
         images, evals, seconds = self.mark
         elapsed = max(progress.seconds - seconds, 1e-9)
         self.mark = (progress.images_seen, progress.network_evals, progress.seconds)
         self.losses.clear()
         metrics = {
             "train/loss": value,
-            "train/skipped_steps": float(skipped),
-            "train/lr": self.state.optimizer.param_groups[0]["lr"],
+            "train/skipped_steps": skipped,
+            "train/lr": learning_rate(self.config, progress.images_seen - self.config.optimizer.batch_size),
             "perf/images_per_s": (progress.images_seen - images) / elapsed,
             "perf/network_evals_per_s": (progress.network_evals - evals) / elapsed,
             "perf/data_wait": step.data_seconds / elapsed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,19 @@ from klray.config import Config
 from klray.core.losses import backward_kl_loss
 from klray.core.process import NoiseProcess
 from klray.data.stream import ImageStream
+from klray.networks.half import HalfWeights
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, dropout_keys, normal, permutation, uniform
 from klray.runs.train_state import TrainState, amp_dtype
+from klray.training.graph import CudaGraph
 
 
 class TrainStep:
-    """Draws the step's images, times, noise and terms, forms the exact gradient, and moves the weights."""
+    """Draws the step's images, times, noise and terms, forms the exact gradient, and moves the weights.
+
+    What differs between steps is written to three tensors that keep their place (the step's number, the images' rows,
+    the learning rate), and everything after that is work of the device alone: on one GPU it is replayed as one graph.
+    """
 
     def __init__(
         self,
@@ -28,6 +35,7 @@ class TrainStep:
         images: ImageStream,
         mesh: Mesh,
         device: torch.device,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.config, self.process, self.state = config, process, state
         self.images, self.mesh, self.device = images, mesh, device
@@ -35,6 +43,9 @@ class TrainStep:
         self.parameters = list(state.network.parameters())
         self.has_dropout = config.network.dropout > 0
         self.data_seconds = 0.0  # waiting for images, until whoever reports it sets it back
+        self.positions = mesh.local_positions(config.optimizer.batch_size)
+        self.number = torch.zeros((), dtype=torch.int64, device=device)
+        self.rows = torch.zeros(len(self.positions), dtype=torch.int64, device=device)
         self.synchronised: nn.Module = state.network
         if mesh.size > 1:
             # A fixed bucket layout: DDP otherwise rebuilds its buckets after the first step of each process, so that
@@ -42,37 +53,53 @@ class TrainStep:
             self.synchronised = DistributedDataParallel(
                 state.network, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
             )
+        self.half: HalfWeights | None = None
+        if mesh.size == 1 and state.network.fused and self.amp is not None:
+            self.half = HalfWeights(state.network, self.amp)
+        self.compute: Callable[[], Tensor] = self._compute
+        if mesh.size == 1 and device.type == "cuda" and config.precision.cuda_graph == "auto":
+            self.compute = CudaGraph(self._compute, lambda why: warn(f"the step runs without a CUDA graph: {why}"))
 
     def __call__(self) -> Tensor:
         """Trains on the next batch. Returns this rank's part of the loss, 0-dim: sum over basis, mean over data."""
         config, progress = self.config, self.state.progress
-        positions = self.mesh.local_positions(config.optimizer.batch_size)
         began = time.perf_counter()
-        x0 = self.images.batch(progress.step, progress.images_seen, positions)
+        self.rows.copy_(self.images.rows(progress.images_seen, self.positions))
         self.data_seconds += time.perf_counter() - began
-        x0 = x0.to(self.parameters[0].dtype)
-        if config.precision.channels_last:
-            x0 = x0.contiguous(memory_format=torch.channels_last)
-        micro = config.optimizer.micro_batch or len(positions)
-        starts = range(0, len(positions), micro)
-        # Not len(positions): the mean over the data ranks is then that over the images, however they are spread.
-        share = config.optimizer.batch_size / self.mesh.data_size
-        loss = torch.zeros((), device=self.device)
-        for start in starts:
-            part = range(positions[start], positions[min(start + micro, len(positions)) - 1] + 1)
-            last = start == starts[-1]
-            loss += self._backward(x0[start : start + micro], part, share, last).float()
-        self._update()
+        self.number.fill_(progress.step)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = _placed(group["lr"], learning_rate(config, progress.images_seen))
+        loss = self.compute()
+        if (progress.step + 1) % config.ema.every == 0:
+            self.state.ema.update()
         progress.step += 1
         progress.images_seen += config.optimizer.batch_size
         progress.network_evals += config.optimizer.batch_size * config.evals_per_image
         return loss
 
+    def _compute(self) -> Tensor:
+        """From the images to the moved weights; the host neither waits for the device nor sends it anything."""
+        config = self.config
+        where = torch.arange(self.positions.start, self.positions.stop, device=self.device)
+        x0 = self.images.take(self.rows, self.number, where).to(self.parameters[0].dtype)
+        if config.precision.channels_last or self.state.network.fused:
+            x0 = x0.contiguous(memory_format=torch.channels_last)
+        if self.half is not None:
+            self.half.refresh()
+        micro = config.optimizer.micro_batch or len(where)
+        # Not len(where): the mean over the data ranks is then that over the images, however they are spread.
+        share = config.optimizer.batch_size / self.mesh.data_size
+        loss = torch.zeros((), device=self.device)
+        for start in range(0, len(where), micro):
+            part = slice(start, start + micro)
+            loss += self._backward(x0[part], where[part], share, start + micro >= len(where)).float()
+        self._update()
+        return loss
+
     def _times(self, where: Tensor) -> Tensor:
         """t [B] float64: uniform on [t_min, t_max], or on n/N."""
-        config, step = self.config, self.state.progress.step
-        u = uniform(config.seed, step, Purpose.TIME, where)
-        grid = config.process.time_grid
+        u = uniform(self.config.seed, self.number, Purpose.TIME, where)
+        grid = self.config.process.time_grid
         if grid == "continuous":
             return self.process.t_min + u * (self.process.t_max - self.process.t_min)
         return (torch.floor(u * grid) + 1) / grid
@@ -82,32 +109,35 @@ class TrainStep:
         config, count = self.config, self.process.num_terms
         if config.terms_per_step == count:
             return torch.arange(count, device=self.device)
-        order = permutation(config.seed, self.state.progress.step, Purpose.TERMS, count, self.device)
+        order = permutation(config.seed, self.number, Purpose.TERMS, count, self.device)
         return order[: config.terms_per_step]
 
-    def _backward(self, x0: Tensor, positions: range, share: float, last_batch: bool) -> Tensor:
+    def _backward(self, x0: Tensor, where: Tensor, share: float, last_batch: bool) -> Tensor:
         """Adds the gradient of one micro-batch; the last one's last backward also averages over the ranks.
 
-        ``share``: the batch over the data ranks, not always whole.
+        ``where``: its positions in the global batch. ``share``: the batch over the data ranks, not always whole.
         """
-        config, network, step = self.config, self.state.network, self.state.progress.step
-        where = torch.arange(positions.start, positions.stop, device=self.device)
+        config = self.config
+        network = self.state.network if self.half is None else self.half.network
         shape = (self.process.num_terms, *x0.shape[1:])
-        z = normal(config.seed, step, Purpose.NOISE, where, shape).to(x0.dtype)
+        z = normal(config.seed, self.number, Purpose.NOISE, where, shape, x0.dtype)
         t = self._times(where)
         terms = self._terms()
         mine = self.mesh.local_terms(terms)
 
         def predict(x: Tensor, t: Tensor, chunk: Tensor, last: bool = False) -> Tensor:
             rows = chunk[:1] * 0 if network.wide else chunk
-            keys = dropout_keys(config.seed, step, where[: len(x)], rows) if self.has_dropout else None
-            module = self.synchronised if last and last_batch else network
-            with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+            keys = dropout_keys(config.seed, self.number, where[: len(x)], rows) if self.has_dropout else None
+            module = self.synchronised if last and last_batch and self.half is None else network
+            autocast = self.amp is not None and self.half is None
+            with torch.autocast(self.device.type, dtype=self.amp, enabled=autocast, cache_enabled=False):
                 return module(x, t, chunk, keys)
 
         def backward(loss: Tensor) -> None:
             # DDP takes the mean over all ranks, where the basis ranks' gradients are to be summed.
             self.state.scaler.scale(loss.sum() * (self.mesh.basis_size / share)).backward()
+            if self.half is not None:
+                self.half.collect()
 
         loss = backward_kl_loss(
             predict,
@@ -128,11 +158,8 @@ class TrainStep:
         return loss.sum() / share
 
     def _update(self) -> None:
-        """Clip, warm up, step, average. A step with a non-finite gradient changes nothing and is counted."""
+        """Clip and step. A step with a non-finite gradient changes nothing and is counted."""
         settings, state = self.config.optimizer, self.state
-        warmup = min(1.0, (state.progress.images_seen + settings.batch_size) / max(1, settings.warmup_images))
-        for group in state.optimizer.param_groups:
-            group["lr"] = settings.lr * warmup
         if state.scaler.is_enabled():
             state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm or float("inf"))
@@ -147,5 +174,13 @@ class TrainStep:
         state.optimizer.zero_grad()
         state.nonfinite[0] += bad
         state.nonfinite[1] = (state.nonfinite[1] + 1) * bad
-        if (state.progress.step + 1) % self.config.ema.every == 0:
-            state.ema.update_parameters(state.network)
+
+
+def learning_rate(config: Config, images_seen: int) -> float:
+    """That of the step after so many images: a linear warm-up, then constant."""
+    settings = config.optimizer
+    return settings.lr * min(1.0, (images_seen + settings.batch_size) / max(1, settings.warmup_images))
+
+
+def _placed(place: Tensor | float, value: float) -> Tensor | float:
+    return place.fill_(value) if isinstance(place, Tensor) else value

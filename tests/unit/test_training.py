@@ -134,6 +134,10 @@ def test_a_budget_in_seconds_counts_training_alone(tmp_path: Path) -> None:
     assert progress.step > 3
 
 
+def drawn_by(stream: ImageStream, seen: int, positions: range) -> torch.Tensor:
+    return stream.take(stream.rows(seen, positions), 0, torch.arange(positions.start, positions.stop))
+
+
 def test_every_image_comes_once_a_pass_whatever_the_batches() -> None:
     images = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1)
     stream = ImageStream(images, seed=1, flip=False, device=CPU)
@@ -141,7 +145,7 @@ def test_every_image_comes_once_a_pass_whatever_the_batches() -> None:
     def indices(sizes: list[int]) -> list[int]:
         seen, drawn = 0, []
         for size in sizes:
-            drawn += [round(float(x + 1) * 127.5) for x in stream.batch(0, seen, range(size)).flatten()]
+            drawn += [round(float(x + 1) * 127.5) for x in drawn_by(stream, seen, range(size)).flatten()]
             seen += size
         return drawn
 
@@ -149,8 +153,8 @@ def test_every_image_comes_once_a_pass_whatever_the_batches() -> None:
     assert sorted(drawn[:50]) == sorted(drawn[50:]) == list(range(50))
     assert drawn[:50] != drawn[50:]
     assert indices([7] * 10 + [30]) == drawn
-    halves = [stream.batch(0, 20, part).flatten().tolist() for part in (range(10), range(10, 20))]
-    assert [*halves[0], *halves[1]] == stream.batch(0, 20, range(20)).flatten().tolist()
+    halves = [drawn_by(stream, 20, part).flatten().tolist() for part in (range(10), range(10, 20))]
+    assert [*halves[0], *halves[1]] == drawn_by(stream, 20, range(20)).flatten().tolist()
     assert len(set(indices([130]))) == 50  # a batch larger than the data
 
 
@@ -231,12 +235,12 @@ def test_a_non_finite_step_is_skipped_and_counted(amp: str) -> None:
     for _ in range(3):
         step()
     before = {name: tensor.clone() for name, tensor in state.network.state_dict().items()}
-    healthy = images.batch
-    images.batch = lambda *args: healthy(*args) * float("nan")  # type: ignore[method-assign]
+    healthy = images.take
+    images.take = lambda *args: healthy(*args) * float("nan")  # type: ignore[method-assign]
     step()
     assert all(torch.equal(before[name], tensor) for name, tensor in state.network.state_dict().items())
     assert state.nonfinite.tolist() == [1, 1]
-    images.batch = healthy  # type: ignore[method-assign]
+    images.take = healthy  # type: ignore[method-assign]
     step()
     assert state.nonfinite.tolist() == [1, 0]
     assert not all(torch.equal(before[name], tensor) for name, tensor in state.network.state_dict().items())
