@@ -34,8 +34,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from klray.build import build_network, build_process
 from klray.config import Config, override
 from klray.data.stream import ImageStream
+from klray.networks.half import amp_dtype
 from klray.parallel.mesh import Mesh
-from klray.runs.train_state import amp_dtype, new_state
+from klray.runs.train_state import new_state
 from klray.training.step import TrainStep
 
 SMALL = {
@@ -100,7 +101,7 @@ def bare_loop(settings: dict[str, Any], images: np.ndarray, device: torch.device
     ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     data = torch.from_numpy(images).to(device)
-    amp, batch = amp_dtype(config, device), config.optimizer.batch_size
+    amp, batch = amp_dtype(config.precision.amp, device), config.optimizer.batch_size
     net.train()
     if config.precision.compile:
         net.compile()

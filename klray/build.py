@@ -14,6 +14,7 @@ from klray.config import Config, ConfigError, Sampling
 from klray.core.denoiser import Denoiser, TermDenoiser
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.learned_timesteps import scaled
+from klray.core.losses import PredictTerms
 from klray.core.process import Ensemble, NoiseProcess, SingleTerm
 from klray.core.schedule import Schedule, VPLinear
 from klray.core.solvers import SOLVERS, Solver
@@ -71,15 +72,24 @@ def build_network(config: Config) -> TermNetwork:
 
 
 def build_denoiser(
-    config: Config, network: TermNetwork, process: NoiseProcess, mesh: Mesh | None = None
+    config: Config,
+    predict_terms: PredictTerms,
+    process: NoiseProcess,
+    *,
+    term_chunk: int | None = None,
+    mesh: Mesh | None = None,
 ) -> TermDenoiser:
-    """What solvers call; the network should be in evaluation mode. Terms are spread over the mesh's basis axis."""
+    """What solvers call.
+
+    ``predict_terms``: the network in evaluation mode, in whatever precision. ``term_chunk``: terms evaluated at once;
+    None: all. Terms are spread over the mesh's basis axis.
+    """
     mesh = mesh or Mesh()
     return TermDenoiser(
-        network,
+        predict_terms,
         process,
         config.loss.prediction,
-        config.loss.term_chunk,
+        term_chunk,
         config.sampling.clip_x0,
         local_terms=mesh.local_terms,
         sum_terms=mesh.sum_over_basis,

@@ -52,6 +52,11 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--clip-x0", choices=("yes", "no"), help="clamp x0 to [-1, 1] (default: as the model's settings)"
     )
     parser.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="precision of the network (default: the model's sampling.amp, auto: bf16 on GPUs that have it)",
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=64, help="images that go through the network at once (default 64)"
     )
     parser.add_argument(

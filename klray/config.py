@@ -165,6 +165,9 @@ class Sampling(_Section):
     timesteps: str = "logsnr"
     options: dict[str, bool | str] = {}  # of the solver: variant, third_order, lower_order_final, convert_with
     clip_x0: bool = True
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # of the network; auto: bf16 on GPUs that have it, else off
+    channels_last: bool = False
+    term_chunk: PositiveInt | None = None  # terms evaluated at once; null: all
     every_images: PositiveInt = 50_000
     images: PositiveInt = 64
     batch_size: PositiveInt = 64

@@ -103,7 +103,7 @@ def _evaluate(args: Namespace) -> int:
         experiment=args.experiment or (state.experiment if state else "klray"),
         parent=parent,
     )
-    drawing = Drawing(checkpoint, args.batch_size, clip, args.compile)
+    drawing = Drawing.of(checkpoint, cells[0].sampling, batch_size=args.batch_size, clip_x0=clip, compile=args.compile)
     rows = evaluate_cells(model, cells, drawing, yardstick, reference, run, workers=workers, basis=args.basis)
     print(columns(text_of(rows)))
     print(f"\nin {run.folder}: table.csv, quality.png, samples.png, and a folder for each cell")
@@ -132,7 +132,7 @@ def _cells(args: Namespace, model: Model) -> list[Cell]:
     cells = []
     options = options_of(args.option) or None
     for solver, timesteps, nfe in product(args.solver or [None], args.timesteps or [None], args.nfe or [None]):
-        chosen = {"solver": solver, "nfe": nfe, "options": options}
+        chosen = {"solver": solver, "nfe": nfe, "options": options, "amp": args.amp}
         grid = grid_of(timesteps, model, sampling_of(model, **chosen), force=args.force)
         cells.append(Cell(sampling_of(model, grid, timesteps=timesteps, **chosen), grid))
         build_sampler(cells[-1].sampling, grid)  # refuses what cannot be drawn

@@ -66,14 +66,15 @@ def _sample(args: Namespace) -> int:
     model = load_model(checkpoint, torch.device("cpu"), mesh=Mesh(1, args.basis))
     if model.assumed is not None:
         print(f"note: {model.assumed}")
-    chosen = {"solver": args.solver, "nfe": args.nfe, "options": options_of(args.option) or None}
+    chosen = {"solver": args.solver, "nfe": args.nfe, "options": options_of(args.option) or None, "amp": args.amp}
     grid = grid_of(args.timesteps, model, sampling_of(model, **chosen), force=args.force)
     settings = sampling_of(model, grid, timesteps=args.timesteps, **chosen)
     sampler = build_sampler(settings, grid)
     if args.export is not None:
         _export(model, args.export)
     clip = None if args.clip_x0 is None else args.clip_x0 == "yes"
-    task = SamplingTask(Drawing(checkpoint, args.batch_size, clip, args.compile), settings, grid)
+    drawing = Drawing.of(checkpoint, settings, batch_size=args.batch_size, clip_x0=clip, compile=args.compile)
+    task = SamplingTask(drawing, settings, grid)
     workers = args.workers or default_workers() * args.basis
     with ExitStack() as stack:
         writers = [stack.enter_context(open_target(target)) for target in targets]

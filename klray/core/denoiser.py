@@ -13,6 +13,14 @@ from klray.core.process import NoiseProcess
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # x [B, C, H, W], t 0-dim float64 -> x0_hat [B, C, H, W]
 
 
+def shown_to(x: Tensor, t: Tensor) -> Tensor:
+    """The time t, 0-dim, for each of x [B, ...], on its device: [B]. No copy, which the host would wait for, where t is
+    a plain number of the host's."""
+    if t.device == x.device or t.requires_grad:
+        return t.to(x.device).expand(len(x))
+    return torch.full((len(x),), float(t), dtype=t.dtype, device=x.device)
+
+
 class TermDenoiser:
     """denoiser(x [B, C, H, W], t 0-dim float64) -> x0_hat = (x - sigma eps_hat) / alpha, with eps_hat the sum of terms.
 
@@ -50,5 +58,5 @@ class TermDenoiser:
         return self.sum_terms(total)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        x0_hat = (x - self.process.sigma(t) * self.eps_hat(x, t.to(x.device).expand(len(x)))) / self.process.alpha(t)
+        x0_hat = (x - self.process.sigma(t) * self.eps_hat(x, shown_to(x, t))) / self.process.alpha(t)
         return x0_hat.clamp(-1, 1) if self.clip_x0 else x0_hat

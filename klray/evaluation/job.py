@@ -65,7 +65,7 @@ class EvaluationTask:
         """Loads the model once for all cells, and the extractor on the worker that answers for a group."""
         model = self.drawing.load(device, mesh)
         samplers = [build_sampler(cell.sampling, cell.grid) for cell in self.cells]
-        drawers = [self.drawing.drawer(model, sampler, device) for sampler in samplers]
+        drawers = [self.drawing.drawer(model, sampler, device, mesh) for sampler in samplers]
         extract = None
         if mesh.rank == 0:
             name, weights = self.features.name, self.features.inception_weights

@@ -206,16 +206,16 @@ def _add_bias(a, b, bias, out, rows, C: tl.constexpr, R: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _channel_sum(x, out, rows, steps, C: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr):
-    """out[chunk] = the sum over the chunk's ``steps * R`` rows."""
+def _channel_sum(x, out, rows, STEPS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[chunk] = the sum over the chunk's ``STEPS * R`` rows."""
     blocks: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, R)
     place = row[:, None] * C + channel[None, :]
     total = tl.zeros([R, COLUMNS], tl.float32)
-    for step in range(steps):
-        start = (chunk * steps + step) * R
+    for step in range(STEPS):
+        start = (chunk * STEPS + step) * R
         mask = (row < rows - start)[:, None] & (channel < C)[None, :]
         total += tl.load(x + start * C + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + chunk * C + channel, tl.sum(total, axis=0), mask=channel < C)
@@ -309,5 +309,5 @@ def channel_sum(x: Tensor) -> Tensor:
     chunks = triton.cdiv(tiles, steps)
     partial = x.new_empty((chunks, tile["C"]), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _channel_sum[(chunks * blocks,)](_last(x), partial, rows, steps, **tile)
+        _channel_sum[(chunks * blocks,)](_last(x), partial, rows, STEPS=steps, **tile)
     return partial.sum(0)

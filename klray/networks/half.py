@@ -1,26 +1,51 @@
-"""A network whose matrices are bfloat16 or float16, beside the float32 weights that the optimiser moves."""
+"""Networks in bfloat16 or float16: what their matrices are cast to, and when."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from klray.networks.terms import TermNetwork
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class HalfWeights:
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """What ``auto``, ``bf16``, ``fp16`` or ``off`` means on a device; None for full precision."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def in_precision(network: TermNetwork, dtype: torch.dtype | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The network as losses and denoisers call it where its weights do not move, computing in ``dtype``."""
+    if dtype is None:
+        return network
+    if network.fused:
+        return HalfWeights(network, dtype).network
+
+    def call(x: Tensor, t: Tensor, terms: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype):
+            return network(x, t, terms)
+
+    return call
+
+
+class HalfWeights(Generic[Network]):
     """Casts weights once a step, where autocast casts them at every call; gradients are added up in float32.
 
     Convolutions and linear layers compute in ``dtype``. Vectors (biases, norms) and embeddings are the network's own.
     """
 
-    def __init__(self, network: TermNetwork, dtype: torch.dtype) -> None:
+    def __init__(self, network: Network, dtype: torch.dtype) -> None:
         matrices = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         cast = {id(p): nn.Parameter(p.detach().to(dtype)) for p in matrices}
         own = {id(p): p for p in network.parameters()}
-        self.network: TermNetwork = copy.deepcopy(network, memo=own | cast)
+        self.network: Network = copy.deepcopy(network, memo=own | cast)
         self._masters, self._halves = tuple(matrices), tuple(cast.values())
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from klray.config import Config, ConfigError, Ema
 from klray.networks.fused_unet import can_fuse
+from klray.networks.half import amp_dtype
 from klray.networks.terms import TermNetwork
 
 
@@ -57,14 +58,6 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
 
 
-def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast; None for full precision."""
-    amp = config.precision.amp
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-
 def new_state(config: Config, network: TermNetwork, device: torch.device) -> TrainState:
     """The state before the first step; ``network`` is moved to the device."""
     network.to(device)
@@ -82,7 +75,7 @@ def new_state(config: Config, network: TermNetwork, device: torch.device) -> Tra
         fused=True,
         capturable=on_gpu,
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config, device) is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.precision.amp, device) is torch.float16)
     average = Average(network, config.ema)
     if config.precision.compile:
         network.backbone.compile()

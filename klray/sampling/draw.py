@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,50 @@ from klray.config import Sampling, override
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
 from klray.data.sources import to_uint8
+from klray.parallel.cuda_graph import CudaGraph
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, normal
 from klray.sampling.model import Model, load_model
 
 
-@torch.no_grad()
+def image_drawer(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    sampler: Sampler,
+    shape: tuple[int, int, int],
+    *,
+    batch_size: int,
+    device: torch.device,
+    graph: bool = False,
+) -> Callable[[Sequence[int]], Tensor]:
+    """What draws one image for each seed: seeds -> uint8 [len(seeds), C, H, W] on the CPU.
+
+    The noise of an image is a function of its seed. The network always sees ``batch_size`` images (the last batch is
+    padded), so that images are bit-equal however the batches are spread over workers.
+
+    Args:
+        graph: replay a batch's whole solution as one CUDA graph.
+    """
+    places = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+    def batch() -> Tensor:
+        noise = normal(0, 0, Purpose.SAMPLE, places, shape, torch.float32)
+        return to_uint8(sampler.sample(denoiser, schedule, noise))
+
+    run = CudaGraph(batch, lambda why: warnings.warn(f"drawing without a CUDA graph: {why}", stacklevel=2), 1)
+    draw_batch = run if graph else batch
+
+    @torch.no_grad()
+    def draw(seeds: Sequence[int]) -> Tensor:
+        images = []
+        for part in batches_of(seeds, batch_size):
+            places.copy_(torch.tensor(part + part[:1] * (batch_size - len(part))))
+            images.append(draw_batch()[: len(part)].cpu())
+        return torch.cat(images) if images else torch.empty(0, *shape, dtype=torch.uint8)
+
+    return draw
+
+
 def sample_images(
     denoiser: Denoiser,
     schedule: Schedule,
@@ -32,17 +71,8 @@ def sample_images(
     batch_size: int,
     device: torch.device,
 ) -> Tensor:
-    """One image for each seed: uint8 [len(seeds), C, H, W] on the CPU.
-
-    The noise of an image is a function of its seed. The network always sees ``batch_size`` images (the last batch is
-    padded), so that images are bit-equal however the batches are spread over workers.
-    """
-    images = []
-    for batch in batches_of(seeds, batch_size):
-        padded = torch.tensor(batch + batch[:1] * (batch_size - len(batch)), device=device)
-        noise = normal(0, 0, Purpose.SAMPLE, padded, shape).float()
-        images.append(to_uint8(sampler.sample(denoiser, schedule, noise)[: len(batch)]).cpu())
-    return torch.cat(images) if images else torch.empty(0, *shape, dtype=torch.uint8)
+    """``image_drawer`` for once."""
+    return image_drawer(denoiser, schedule, sampler, shape, batch_size=batch_size, device=device)(seeds)
 
 
 def batches_of(seeds: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -71,25 +101,51 @@ def sampling_of(model: Model, grid: Grid | None = None, **chosen: Any) -> Sampli
 class Drawing:
     """Which model draws, and how; plain values, so that it travels to workers.
 
-    ``clip_x0``: as for ``load_model``. ``compile``: compile the network.
+    ``clip_x0``, ``amp``, ``channels_last``, ``term_chunk``: as for ``load_model``. ``compile``: compile the network.
     """
 
     checkpoint: Path
     batch_size: int
     clip_x0: bool | None = None
     compile: bool = False
+    amp: str = "auto"
+    channels_last: bool = False
+    term_chunk: int | None = None
+
+    @staticmethod
+    def of(checkpoint: Path, settings: Sampling, *, batch_size: int, clip_x0: bool | None, compile: bool) -> Drawing:
+        """With the precision that the settings ask for."""
+        precision = (settings.amp, settings.channels_last, settings.term_chunk)
+        return Drawing(checkpoint, batch_size, clip_x0, compile, *precision)
 
     def load(self, device: torch.device, mesh: Mesh) -> Model:
         """The model on its device; raises as ``load_model``."""
-        model = load_model(self.checkpoint, device, clip_x0=self.clip_x0, mesh=mesh)
+        model = load_model(
+            self.checkpoint,
+            device,
+            clip_x0=self.clip_x0,
+            mesh=mesh,
+            amp=self.amp,
+            channels_last=self.channels_last,
+            term_chunk=self.term_chunk,
+            fused=not self.compile,
+        )
         if self.compile:
             model.network.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
         return model
 
-    def drawer(self, model: Model, sampler: Sampler, device: torch.device) -> Callable[[Sequence[int]], Tensor]:
+    def drawer(
+        self, model: Model, sampler: Sampler, device: torch.device, mesh: Mesh
+    ) -> Callable[[Sequence[int]], Tensor]:
         """seeds -> uint8 [len(seeds), C, H, W]."""
-        return lambda seeds: sample_images(
-            model.denoiser, model.schedule, sampler, seeds, model.shape, batch_size=self.batch_size, device=device
+        return image_drawer(
+            model.denoiser,
+            model.schedule,
+            sampler,
+            model.shape,
+            batch_size=self.batch_size,
+            device=device,
+            graph=device.type == "cuda" and not self.compile and mesh.size == 1,
         )
 
 
@@ -104,7 +160,7 @@ class SamplingTask:
     def start(self, device: torch.device, mesh: Mesh) -> Callable[[Any], Any]:
         """Loads the model; raises as ``load_model`` and ``build_sampler``."""
         sampler = build_sampler(self.sampling, self.grid)
-        return self.drawing.drawer(self.drawing.load(device, mesh), sampler, device)
+        return self.drawing.drawer(self.drawing.load(device, mesh), sampler, device, mesh)
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:

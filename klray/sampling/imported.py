@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from klray.core.denoiser import shown_to
 from klray.core.schedule import VPDiscrete
+from klray.networks.fused_unet import fused_unet
+from klray.networks.half import HalfWeights
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -29,9 +33,10 @@ class ImportedModel:
     shape: tuple[int, int, int]
     assumed: str | None  # what had to be assumed of it
 
-    def denoiser(self, clip_x0: bool) -> ImportedDenoiser:
-        """What solvers call."""
-        return ImportedDenoiser(self.network, self.schedule, self.prediction, self.clip_range if clip_x0 else None)
+    def denoiser(self, clip_x0: bool, dtype: torch.dtype | None = None, fused: bool = False) -> ImportedDenoiser:
+        """What solvers call; the network computes in ``dtype``, ``fused`` through ``networks.fused_unet``."""
+        clip = self.clip_range if clip_x0 else None
+        return ImportedDenoiser(self.network, self.schedule, self.prediction, clip, dtype, fused)
 
 
 class ImportedDenoiser:
@@ -41,13 +46,29 @@ class ImportedDenoiser:
     D), the output itself for ``sample``. Of a network that also predicts a variance, the first C channels count.
     """
 
-    def __init__(self, network: nn.Module, schedule: VPDiscrete, prediction: str, clip: float | None = None) -> None:
-        self.network, self.schedule, self.prediction, self.clip = network, schedule, prediction, clip
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: VPDiscrete,
+        prediction: str,
+        clip: float | None = None,
+        dtype: torch.dtype | None = None,
+        fused: bool = False,
+    ) -> None:
+        self.schedule, self.prediction, self.clip = schedule, prediction, clip
+        self.dtype, self.fused = dtype, fused
+        self.network = HalfWeights(network, dtype).network if fused and dtype is not None else network
+
+    def _output(self, x: Tensor, index: Tensor) -> Tensor:
+        if self.fused:
+            return fused_unet(self.network, x, index)
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.network(x, index, return_dict=False)[0]
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        parameter = next(self.network.parameters())
-        index = (self.schedule.num_train_steps * t - 1).to(x.device, parameter.dtype).expand(len(x))
-        output = self.network(x.to(parameter.dtype), index, return_dict=False)[0][:, : x.shape[1]].to(x.dtype)
+        dtype = torch.promote_types(next(self.network.parameters()).dtype, torch.float32)
+        index = shown_to(x, self.schedule.num_train_steps * t - 1).to(dtype)
+        output = self._output(x.to(dtype), index)[:, : x.shape[1]].to(x.dtype)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         if self.prediction == "epsilon":
             output = (x - sigma * output) / alpha

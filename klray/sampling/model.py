@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,9 +14,13 @@ from klray.build import build_denoiser, build_process
 from klray.config import Config, ConfigError
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
+from klray.networks.fused_unet import can_fuse
+from klray.networks.half import amp_dtype, in_precision
 from klray.parallel.mesh import Mesh
 from klray.runs.checkpoint import CheckpointError, file_digest, load_network, whole_checkpoint
 from klray.sampling.imported import is_imported, load_imported, weight_files
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,22 @@ class Model:
     assumed: str | None = None
 
 
-def load_model(path: Path, device: torch.device, *, clip_x0: bool | None = None, mesh: Mesh | None = None) -> Model:
+def load_model(
+    path: Path,
+    device: torch.device,
+    *,
+    clip_x0: bool | None = None,
+    mesh: Mesh | None = None,
+    amp: str = "off",
+    channels_last: bool = False,
+    term_chunk: int | None = None,
+    fused: bool = True,
+) -> Model:
     """Loads a run's newest checkpoint, a checkpoint, or a diffusers folder.
 
     Args:
+        amp, channels_last, term_chunk: of the network's calls, as the keys of sampling.*; full precision by default.
+        fused: run U-Nets through ``networks.fused_unet`` on GPUs.
         clip_x0: clamp x0_hat to [-1, 1]; None: as the model's own settings say.
         mesh: whose basis axis the terms of a ``repeated`` model are spread over.
 
@@ -60,7 +77,7 @@ def load_model(path: Path, device: torch.device, *, clip_x0: bool | None = None,
     """
     mesh = mesh or Mesh()
     if is_imported(path):
-        return _imported(path, device, clip_x0, mesh)
+        return _imported(path, device, clip_x0, mesh, amp_dtype(amp, device), channels_last, fused)
     checkpoint = whole_checkpoint(path)
     config, network = load_network(checkpoint)
     process = build_process(config)
@@ -68,8 +85,10 @@ def load_model(path: Path, device: torch.device, *, clip_x0: bool | None = None,
         kind = "wide" if network.wide else f"of {process.num_terms} terms"
         raise ConfigError(f"--basis must be at most the calls that share an evaluation; the model is {kind}")
     clip = config.sampling.clip_x0 if clip_x0 is None else clip_x0
-    network = network.to(device).requires_grad_(False)
-    denoiser = build_denoiser(config, network, process, mesh)
+    network = _placed(network, device, channels_last)
+    network.fused = fused and device.type == "cuda" and can_fuse(network.backbone)
+    predict = in_precision(network, amp_dtype(amp, device))
+    denoiser = build_denoiser(config, predict, process, term_chunk=term_chunk, mesh=mesh)
     denoiser.clip_x0 = clip
     weights = file_digest(checkpoint / "network" / "diffusion_pytorch_model.safetensors")
     return Model(
@@ -85,7 +104,22 @@ def load_model(path: Path, device: torch.device, *, clip_x0: bool | None = None,
     )
 
 
-def _imported(path: Path, device: torch.device, clip_x0: bool | None, mesh: Mesh) -> Model:
+def _placed(network: Module, device: torch.device, channels_last: bool) -> Module:
+    network.to(device).requires_grad_(False)
+    if channels_last or device.type == "cuda":
+        network.to(memory_format=torch.channels_last)
+    return network
+
+
+def _imported(
+    path: Path,
+    device: torch.device,
+    clip_x0: bool | None,
+    mesh: Mesh,
+    dtype: torch.dtype | None,
+    channels_last: bool,
+    fused: bool,
+) -> Model:
     if mesh.basis_size > 1:
         raise ConfigError("--basis must be 1 for a diffusers model: it has one term")
     try:
@@ -93,11 +127,12 @@ def _imported(path: Path, device: torch.device, clip_x0: bool | None, mesh: Mesh
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     clip = model.clip_x0 if clip_x0 is None else clip_x0
-    model.network.to(device)
+    _placed(model.network, device, channels_last)
+    fused = fused and device.type == "cuda" and can_fuse(model.network)
     digests = [file_digest(file) for file in weight_files(path)]
     return Model(
         folder=path,
-        denoiser=model.denoiser(clip),
+        denoiser=model.denoiser(clip, dtype, fused),
         schedule=model.schedule,
         network=model.network,
         shape=model.shape,

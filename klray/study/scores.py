@@ -45,7 +45,11 @@ def score_run(
     if all(name in kept for name in names.values()):
         return {score: kept[name][-1][1] for score, name in names.items()}
     reference = study_reference(config, images, features)
-    task = EvaluationTask(Drawing(run_dir, settings.batch_size), [Cell(config.sampling, None)], features)
+    task = EvaluationTask(
+        Drawing.of(run_dir, config.sampling, batch_size=settings.batch_size, clip_x0=None, compile=False),
+        [Cell(config.sampling, None)],
+        features,
+    )
     (measured,) = measure(
         task,
         [(0, 0, range(count))],

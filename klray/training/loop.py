@@ -16,13 +16,14 @@ from klray.config import Config
 from klray.data.sources import ImageData
 from klray.data.stream import ImageStream
 from klray.errors import RunError
+from klray.networks.half import amp_dtype, in_precision
 from klray.parallel.mesh import Mesh
 from klray.runs.checkpoint import DiskFullError, load_latest, restore, save_checkpoint, save_snapshot
 from klray.runs.progress import fits
 from klray.runs.train_state import Progress, TrainState, ema_network, new_state
 from klray.sampling.draw import image_grid, sample_images
 from klray.training.initialise import initialise
-from klray.training.step import TrainStep, learning_rate
+from klray.training.step import TrainStep, call_size, learning_rate
 from klray.training.validate import validate
 
 # (progress, metrics, images): called on every rank with the same metrics; images [h, w, 3] uint8 on rank 0 alone.
@@ -117,15 +118,18 @@ def _sample_grid(
     """A grid of images from seeds 0, 1, ...; batches are spread over the ranks."""
     process = build_process(config)
     sampler = build_sampler(config.sampling)
-    denoiser = build_denoiser(config, ema_network(state), process)
-    count, size = config.sampling.images, config.sampling.batch_size
+    images, terms = call_size(config, mesh)
+    # No more rows at once than a training step's.
+    count, size = config.sampling.images, min(config.sampling.batch_size, images * terms)
+    predict = in_precision(ema_network(state), amp_dtype(config.precision.amp, device))
+    denoiser = build_denoiser(config, predict, process, term_chunk=max(terms, images * terms // size))
     batches = mesh.share(-(-count // size))
     seeds = range(min(count, batches.start * size), min(count, batches.stop * size))
-    images = torch.zeros(count, *data.train.shape[1:], device=device)
+    drawn = torch.zeros(count, *data.train.shape[1:], device=device)
     if len(seeds):
         mine = sample_images(denoiser, process, sampler, seeds, data.train.shape[1:], batch_size=size, device=device)
-        images[seeds.start : seeds.stop] = mine.to(images)
-    total = mesh.sum_over_all(images).to(torch.uint8).cpu()
+        drawn[seeds.start : seeds.stop] = mine.to(drawn)
+    total = mesh.sum_over_all(drawn).to(torch.uint8).cpu()
     return {"samples": image_grid(total)} if mesh.rank == 0 else {}
 
 

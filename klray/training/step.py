@@ -13,11 +13,12 @@ from klray.config import Config
 from klray.core.losses import backward_kl_loss
 from klray.core.process import NoiseProcess
 from klray.data.stream import ImageStream
-from klray.networks.half import HalfWeights
+from klray.networks.half import HalfWeights, amp_dtype
+from klray.networks.terms import TermNetwork
+from klray.parallel.cuda_graph import CudaGraph
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, dropout_keys, normal, permutation, uniform
-from klray.runs.train_state import TrainState, amp_dtype
-from klray.training.graph import CudaGraph
+from klray.runs.train_state import TrainState
 
 
 class TrainStep:
@@ -39,7 +40,7 @@ class TrainStep:
     ) -> None:
         self.config, self.process, self.state = config, process, state
         self.images, self.mesh, self.device = images, mesh, device
-        self.amp = amp_dtype(config, device)
+        self.amp = amp_dtype(config.precision.amp, device)
         self.parameters = list(state.network.parameters())
         self.has_dropout = config.network.dropout > 0
         self.data_seconds = 0.0  # waiting for images, until whoever reports it sets it back
@@ -53,7 +54,7 @@ class TrainStep:
             self.synchronised = DistributedDataParallel(
                 state.network, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
             )
-        self.half: HalfWeights | None = None
+        self.half: HalfWeights[TermNetwork] | None = None
         if mesh.size == 1 and state.network.fused and self.amp is not None:
             self.half = HalfWeights(state.network, self.amp)
         self.compute: Callable[[], Tensor] = self._compute
@@ -174,6 +175,14 @@ class TrainStep:
         state.optimizer.zero_grad()
         state.nonfinite[0] += bad
         state.nonfinite[1] = (state.nonfinite[1] + 1) * bad
+
+
+def call_size(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """(images, terms) that go through the network at once in a step; terms is M where one call gives them all."""
+    images = config.optimizer.micro_batch or len(mesh.local_positions(config.optimizer.batch_size))
+    if config.network.architecture == "wide":
+        return images, max(1, config.process.num_terms)
+    return images, config.loss.term_chunk or -(-config.terms_per_step // mesh.basis_size)
 
 
 def learning_rate(config: Config, images_seen: int) -> float:

@@ -17,7 +17,7 @@ class CudaGraph:
 
     def __init__(self, function: Callable[[], Tensor], refused: Callable[[str], None], warm_up: int = 3) -> None:
         self.function, self.refused, self.warm_up = function, refused, warm_up
-        self.stream = torch.cuda.Stream()  # autograd remembers the stream it ran on: the one that is captured
+        self.stream: torch.cuda.Stream | None = None  # autograd remembers the stream it ran on: the one captured
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Tensor | None = None
 
@@ -28,6 +28,7 @@ class CudaGraph:
             self.graph.replay()
             return self.result.clone()
         self.warm_up -= 1
+        self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = self.function()
