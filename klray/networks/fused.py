@@ -133,16 +133,17 @@ _group_norm_silu.register_autograd(_norm_gradients, setup_context=_keep_norm)
 
 
 @torch.library.custom_op("klray::add_bias", mutates_args=())
-def add_bias(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """a + b + bias[:, None, None] of a and b [B, C, H, W] and bias [C], in a's dtype."""
+def add_bias(a: Tensor, b: Tensor | None, bias: Tensor | None) -> Tensor:
+    """a + b + bias[:, None, None] of a and b [B, C, H, W] and bias [C], in a's dtype; None is left out."""
     if (kernels := _kernels_for(a)) is not None:
         return kernels.add_bias(a, b, bias)
-    total = a.to(_wide(a)) + b
+    total = a.to(_wide(a))
+    total = total if b is None else total + b
     return _like(a, total if bias is None else total + bias[:, None, None])
 
 
 @add_bias.register_fake
-def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def _(a: Tensor, b: Tensor | None, bias: Tensor | None) -> Tensor:
     return torch.empty_like(a, memory_format=torch.channels_last)
 
 
@@ -151,7 +152,10 @@ def _keep_dtypes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _add_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return dy, dy.to(ctx.b), channel_sum(dy).to(ctx.bias) if ctx.needs_input_grad[2] else None
+    # A slice of what a concatenation's gradient is would be copied by each of its readers.
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    dbias = channel_sum(dy).to(ctx.bias) if ctx.needs_input_grad[2] else None
+    return dy, None if ctx.b is None else dy.to(ctx.b), dbias
 
 
 add_bias.register_autograd(_add_gradients, setup_context=_keep_dtypes)

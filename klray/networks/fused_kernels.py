@@ -191,7 +191,10 @@ def _norm_backward(
 
 
 @triton.jit
-def _add_bias(a, b, bias, out, rows, C: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr):
+def _add_bias(
+    a, b, bias, out, rows,
+    C: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, OTHER: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     blocks: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
     start = (tl.program_id(0) // blocks).to(tl.int64) * R
     channel = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
@@ -199,7 +202,8 @@ def _add_bias(a, b, bias, out, rows, C: tl.constexpr, R: tl.constexpr, COLUMNS: 
     mask = (row < rows - start)[:, None] & (channel < C)[None, :]
     place = row[:, None] * C + channel[None, :]
     total = tl.load(a + start * C + place, mask=mask).to(tl.float32)
-    total += tl.load(b + start * C + place, mask=mask).to(tl.float32)
+    if OTHER:
+        total += tl.load(b + start * C + place, mask=mask).to(tl.float32)
     if BIAS:
         total += tl.load(bias + channel, mask=channel < C).to(tl.float32)[None, :]
     tl.store(out + start * C + place, total.to(out.dtype.element_ty), mask=mask)
@@ -290,14 +294,15 @@ def _matrix(x: Tensor, elements: int) -> dict[str, int]:
     return {"C": x.shape[1], "R": elements // columns, "COLUMNS": columns, "num_warps": elements // 1024}
 
 
-def add_bias(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """a + b + bias[:, None, None] in a's dtype."""
+def add_bias(a: Tensor, b: Tensor | None, bias: Tensor | None) -> Tensor:
+    """a + b + bias[:, None, None] in a's dtype, without what is None."""
     out = torch.empty_like(a, memory_format=torch.channels_last)
     rows, tile = a.numel() // a.shape[1], _matrix(a, 4096)
     with torch.cuda.device_of(a):
         _add_bias[(triton.cdiv(rows, tile["R"]) * triton.cdiv(tile["C"], tile["COLUMNS"]),)](
-            _last(a), _last(b), None if bias is None else bias.contiguous(), out, rows, BIAS=bias is not None, **tile
-        )
+            _last(a), None if b is None else _last(b), None if bias is None else bias.contiguous(), out, rows,
+            OTHER=b is not None, BIAS=bias is not None, **tile,
+        )  # fmt: skip
     return out
 
 
