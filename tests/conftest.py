@@ -27,6 +27,25 @@ def data_root() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray cluster for all tests that ask for it, in this process."""
+    os.environ["RAY_TMPDIR"] = "/tmp"
+    import ray
+
+    from klray.cluster.connect import connect
+
+    connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on Ray's cluster come last, so that it does not idle beside others."""
+    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """KLRAY_REQUIRE_SYSTEM=1: nothing may be skipped."""

@@ -23,7 +23,7 @@ TINY = {"network.kind": "mlp", "network.width": 32, "optimizer.batch_size": 64}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "tests/cluster" in str(item.path):
+        if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
             item.add_marker("faults" if "test_faults" in item.path.name else "cluster")
 

@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 from klray.runs.records import history, read_records
 from klray.tracking.state import load_state
 from tests.cluster.conftest import TINY, Cluster, changes, wait_until
-from tests.run_folders import starts, steps_done, tensors
+from tests.runs.run_folders import starts, steps_done, tensors
 
 pytestmark = pytest.mark.timeout(1200)
 

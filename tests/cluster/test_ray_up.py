@@ -20,7 +20,7 @@ from klray.runs.checkpoint import load_latest
 from klray.runs.records import history
 from tests.cluster.conftest import TINY, Cluster, changes, wait_until
 from tests.cluster.hosts import LAPTOP
-from tests.run_folders import starts, steps_done, tensors
+from tests.runs.run_folders import starts, steps_done, tensors
 
 FOREVER = {"budget.unit": "steps", "budget.amount": 10**7, "checkpoint.every_images": 12800, "tracking.uri": "off"}
 

@@ -14,7 +14,7 @@ from klray import ld3
 from klray.sampling.model import Model, load_model
 from klray.schedules.store import keep
 from tests.models import klray_model
-from tests.unit.test_store import RECORD
+from tests.schedules.test_store import RECORD
 
 
 @pytest.fixture

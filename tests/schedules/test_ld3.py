@@ -32,6 +32,8 @@ from klray.schedules.shared_pairs import taught
 from klray.schedules.store import StoredSchedule, stored
 from tests.models import unet
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
 SETTINGS = ["network.kind=mlp", "network.width=32", "budget.unit=steps", "budget.amount=60"]
 FIT = ["validation_pairs=10", "batch_size=5", "rounds_theta=1", "validate_every=2"]
 JOBS = ["--solvers", "ddim", "unipc_2", "--nfe", "3", "4"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from klray.runs.checkpoint import load_latest
 from klray.runs.records import history, read_records
 from klray.tracking.state import load_state
-from tests.cli.mlflow_server import Server
+from tests.tracking.mlflow_server import Server
 
 pytestmark = pytest.mark.slow
 QUICK = ["optimizer.batch_size=32", "validation.images=32", "sampling.images=9", "sampling.batch_size=9"]

@@ -24,7 +24,9 @@ from klray.runs.checkpoint import load_latest
 from klray.runs.progress import finished
 from klray.runs.records import history
 from klray.training.job import SharedImages, TrainingError, run_on_ray
-from tests.run_folders import starts, steps_done, tensors
+from tests.runs.run_folders import starts, steps_done, tensors
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 MESHES = {1: (1, 1), 2: (1, 2), 3: (3, 1)}
 STEPS = 300

@@ -13,6 +13,8 @@ from klray import compare
 from klray.comparison.results import METRIC
 from klray.runs.records import history
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
 TINY = [
     "network.kind=mlp",
     "network.width=16",

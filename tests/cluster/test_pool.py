@@ -19,6 +19,8 @@ from klray.cluster import connect, pool
 from klray.cluster.pool import Outcome, Place, Report, Work, run_jobs
 from klray.errors import RunError, UserError
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
 
 def by_index(outcomes: Iterator[Outcome]) -> list[Outcome]:
     return sorted(outcomes, key=lambda outcome: outcome.index)

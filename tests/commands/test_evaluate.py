@@ -18,7 +18,7 @@ from klray.parallel.mesh import Mesh
 from klray.runs.records import history
 from klray.sampling.job import spread
 from klray.training.evaluate_during import FOLDER, SnapshotEvaluator, new_scores
-from tests.unit.test_commands import TINY
+from tests.commands.test_commands import TINY
 
 SMALL = ["--num-samples", "40", "--batch-size", "40", "--metrics", "kid", "--features", "efficientnet_lite0"]
 SMALL += ["--reference-images", "60", "--tracking-uri", "off"]

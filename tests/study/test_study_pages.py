@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.mlflow_server import Server
-from tests.ray.test_study import space_file
+from tests.study.test_study import space_file
+from tests.tracking.mlflow_server import Server
 
 pytestmark = pytest.mark.slow
 TERMS, LR, GRID, SCORE = "process.num_terms", "optimizer.lr", "process.time_grid", "val/eps_mse"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "klray"
+PACKAGE = Path(__file__).parents[1] / "klray"
 LAYERS = [
     ["errors"],
     ["cli", "statistics"],

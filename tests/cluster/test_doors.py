@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from klray.config import override
 from klray.data.sources import load_images
 from klray.runs.records import history
 from klray.training.job import SharedImages, run_on_ray
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 SETTINGS: dict[str, Any] = {
     "preset": "doors",

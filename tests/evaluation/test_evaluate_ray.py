@@ -17,7 +17,9 @@ from klray.evaluation.reference import Reference
 from klray.evaluation.statistics import Moments
 from klray.parallel.mesh import Mesh
 from klray.sampling.draw import Drawing, SamplingTask, batches_of
-from tests.unit.test_metrics import Images
+from tests.evaluation.test_metrics import Images
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 FEATURES = Features("efficientnet_lite0")
 COUNT, BATCH = 150, 32
@@ -85,7 +87,7 @@ def test_the_numbers_are_torch_fidelitys(checkpoint: Path, real: Tensor, workers
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(images.expand(-1, 3, -1, -1)),
         input2=Images(real.expand(-1, 3, -1, -1)),
-        feature_extractor="klray.test",  # the same network as torch-fidelity's plug-in, in tests/unit/test_metrics.py
+        feature_extractor="klray.test",  # the same network as torch-fidelity's plug-in, in test_metrics.py
         fid=True,
         kid=True,
         isc=True,

@@ -23,6 +23,8 @@ from klray.runs.records import history, read_records
 from klray.study.search import DIVERGED, FINISHED, PERCENT, StudySearch, open_study
 from klray.study.space import load_space
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
 KID = "eval/kid_64.efficientnet_lite0.train"
 TINY = {
     "network.kind": "mlp",

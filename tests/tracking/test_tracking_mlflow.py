@@ -22,7 +22,7 @@ from klray.runs.records import RecordWriter, end_of_records, history
 from klray.tracking.mlflow_upload import TrackingError, Uploader, prepare, resolve_uri, upload
 from klray.tracking.state import UploadState, load_state
 from klray.upload import main
-from tests.cli.mlflow_server import Server, free_port
+from tests.tracking.mlflow_server import Server, free_port
 
 pytestmark = pytest.mark.slow
 FAST: dict[str, Any] = {"interval": 0.1, "close_timeout": 60.0}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from klray.parallel.mesh import Mesh, MeshError, resolve_mesh
-from tests.distributed.meshes import CASES, run_mesh
+from tests.parallel.meshes import CASES, run_mesh
 
 MESHES = [(1, 2), (2, 1), (2, 2), (1, 3)]
 STEPS = 20

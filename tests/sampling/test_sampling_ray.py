@@ -15,6 +15,8 @@ from klray.sampling.draw import Drawing, SamplingTask
 from klray.sampling.job import spread
 from tests.models import far_from_saturated, klray_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
 SEEDS = "5-14"  # ten, in batches of four: the last one is not full
 
 
