@@ -1,18 +1,25 @@
-"""Imports run downwards, and each heavy library is imported in one place."""
+"""Imports run downwards only, and each heavy library is imported in few places.
+
+``python -m tests.test_layers`` prints the layers, each folder with those it imports from.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "klray"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# From the ground up; what stands on one line knows nothing of each other.
 LAYERS = [
     ["errors"],
-    ["cli", "statistics"],
+    ["cli", "statistics", "registry"],
     ["core"],
     ["parallel", "cluster"],
     ["config"],
@@ -26,36 +33,68 @@ LAYERS = [
     ["training", "schedules"],
     ["comparison", "study"],
     ["train", "tune", "ld3", "sample", "evaluate", "compare", "check", "upload"],
+    ["__init__", "__main__"],
 ]
-HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-ONLY_IN = {"mlflow": ["tracking"], "optuna": ["study"], "ray": ["cluster", "job", "pool", "trial", "search"]}
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
+# A library, and the folders and the names of files that may import it.
+ONLY_IN = {
+    "ray": ({"cluster"}, {"job.py", "pool.py", "trial.py", "search.py"}),
+    "optuna": ({"study"}, set()),
+    "mlflow": ({"tracking"}, set()),
+}
+HEAVY = {"ray", "optuna", "mlflow"}
 
 
 def part_of(path: Path) -> str:
+    """The folder of a file, or the name of one that lies in none."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> list[str]:
-    names: list[str] = []
+def module_of(path: Path) -> str:
+    parts = ("klray", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a file's import statements name, wherever in the file they stand."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            names.append(str(node.module))
-    return names
+            if node.module == "klray":
+                yield from (f"klray.{alias.name}" for alias in node.names)
+            else:
+                yield str(node.module)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_run_downwards(path: Path) -> None:
-    here = part_of(path)
-    for name in imported(path):
-        top, *rest = name.split(".")
-        if top == "klray" and rest:
-            assert HEIGHT[rest[0]] < HEIGHT[here] or rest[0] == here, f"{path} imports {name} from above or beside"
-        if top in ONLY_IN:
-            assert {here, path.stem} & set(ONLY_IN[top]), f"{path} imports {name}, which only {ONLY_IN[top]} may"
+def arrows() -> dict[tuple[str, str], list[str]]:
+    """(importing, imported) folder -> the imports between them, in words."""
+    found = defaultdict(list)
+    for path in FILES:
+        for name in imported(path):
+            package, *rest = name.split(".")
+            if package == "klray" and rest and rest[0] != part_of(path):
+                found[part_of(path), rest[0]].append(f"{path.relative_to(PACKAGE)} imports {name}")
+    return dict(found)
+
+
+def test_every_folder_has_its_layer() -> None:
+    assert {part_of(path) for path in FILES} <= HEIGHT.keys()
+
+
+def test_no_arrow_points_upwards_or_sideways() -> None:
+    wrong = [text for (here, there), texts in arrows().items() if HEIGHT[there] >= HEIGHT[here] for text in texts]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("library", sorted(HEAVY))
+def test_a_heavy_library_is_imported_in_few_places(library: str) -> None:
+    folders, names = ONLY_IN[library]
+    users = [path for path in FILES if any(name.split(".")[0] == library for name in imported(path))]
+    assert users
+    wrong = [str(path) for path in users if part_of(path) not in folders and path.name not in names]
+    assert not wrong, f"{library} is imported in {', '.join(wrong)}"
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -63,17 +102,32 @@ def loaded_by(statement: str) -> set[str]:
     return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
 
 
-def test_the_core_loads_without_ray_mlflow_and_optuna() -> None:
-    modules = [".".join(("klray", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES]
-    parts = ("core", "parallel", "networks", "data", "build", "runs")
-    light = ["klray.training.loop", *(name for name in modules if name.split(".")[1] in parts)]
-    loaded = loaded_by("import " + ", ".join(light))
+def test_what_trains_in_a_plain_process_loads_nothing_heavy() -> None:
+    """``klray.core``, ``klray.training.loop``, and every file that lies in a layer below MLflow, but for Ray's own."""
+    below = [path for path in FILES if HEIGHT[part_of(path)] < HEIGHT["tracking"] and part_of(path) != "cluster"]
+    kernels = {path for path in below if "triton" in imported(path)}  # for machines that have Triton
+    modules = {module_of(path) for path in below if path not in kernels} | {"klray.training.loop"}
+    assert "klray.core.solvers" in modules
+    loaded = loaded_by(f"import {', '.join(sorted(modules))}")
     assert "torch" in loaded
-    assert not loaded & {"ray", "mlflow", "optuna"}
+    assert not loaded & HEAVY
 
 
 @pytest.mark.parametrize("command", sorted(p.stem for p in PACKAGE.glob("*.py") if "__main__" in p.read_text()))
 def test_help_loads_nothing_heavy(command: str) -> None:
     call = "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code"
     loaded = loaded_by(f"from klray.{command} import main\n{call}")
-    assert not loaded & {"torch", "numpy", "ray", "mlflow", "pydantic"}
+    assert not loaded & (HEAVY | {"torch", "numpy", "pydantic"})
+
+
+def draw() -> None:
+    """Prints the layers from the top down, each folder with those it imports from."""
+    found = arrows()
+    for parts in reversed(LAYERS):
+        for part in parts:
+            below = sorted({there for here, there in found if here == part}, key=lambda name: -HEIGHT[name])
+            print(f"{HEIGHT[part]:3}  {part:12} {' '.join(below)}")
+
+
+if __name__ == "__main__":
+    draw()
