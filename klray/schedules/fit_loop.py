@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from klray.parallel.cuda_graph import CudaGraph
 from klray.parallel.random import Purpose, permutation
 from klray.schedules.fit_settings import FitSettings, Optimizers
 from klray.schedules.forcing import TrainingNoise
@@ -39,6 +42,10 @@ class FitLoop:
         self.noise = TrainingNoise(self.train.noise, radius, settings.latent_lr / nfe)
         self.optimizers = Optimizers(self.times, settings, nfe)
         self.iteration = 0
+        # Where a batch lies, in place, for the graphs that read it.
+        size = min(settings.batch_size, self.count)
+        self._noise, self._images = (torch.empty_like(each[:size]) for each in (self.train.noise, self.train.images))
+        self._graphs: dict[tuple[str, int], Callable[[], Any]] = {}
 
     def choose_start(self, starts: Grids) -> tuple[str, dict[str, float]]:
         """The start with the least loss, and the validation losses of all. No start was fitted to any pair, so all
@@ -88,35 +95,55 @@ class FitLoop:
             self.noise.end_round()
         return self._choose()
 
-    def _step(self, batch: Tensor) -> float:
+    def _step(self, batch: Tensor) -> Tensor:
         """One step of the parameters, and of the noises of these training pairs [b]; returns the mean loss."""
-        images, soft = self.train.images[batch], self.noise.soft
-        noise = self.noise.moved[batch].requires_grad_(soft)
-        losses = self.distance(self.student(noise), images) / self.unit
-        parameters = self.optimizers.parameters
-        # The sum: so the noises' gradients do not depend on the batch; the parameters' are divided below.
-        inputs = [*parameters, noise] if soft else parameters
-        gradients = torch.autograd.grad(losses.sum(), inputs, materialize_grads=True)
+        count, soft = len(self.optimizers.parameters), self.noise.soft
+        noise, images = self._noise[: len(batch)], self._images[: len(batch)]
+        noise.copy_(self.noise.moved[batch])
+        images.copy_(self.train.images[batch])
+        losses, gradients = self._replayed("gradients", len(batch), lambda: self._gradients(noise, images))
         self.iteration += 1
-        if not all(bool(torch.isfinite(each).all()) for each in gradients):
+        if not bool(torch.stack([torch.isfinite(each).all() for each in gradients]).all()):
             self._reload()
-            return math.nan
+            return torch.tensor(math.nan)
         if soft:
             proposed = self.noise.propose(batch, gradients[-1])
-            with torch.no_grad():  # the parameters have not moved yet: both losses are of the same student
-                after = self.distance(self.student(proposed), images) / self.unit
-            self.noise.keep_better(batch, proposed, losses.detach(), after)
-        self.optimizers.step([each / len(batch) for each in gradients[: len(parameters)]])
-        return float(losses.detach().mean()) * self.unit
+            noise.copy_(proposed)  # the parameters have not moved yet: both losses are of the same student
+            after = self._replayed("losses", len(batch), lambda: torch.no_grad()(self._losses)(noise, images))
+            self.noise.keep_better(batch, proposed, losses, after)
+        self.optimizers.step([each / len(batch) for each in gradients[:count]])
+        return losses.mean() * self.unit
 
-    def _validate(self, train_loss: float) -> bool:
+    def _losses(self, noise: Tensor, images: Tensor) -> Tensor:
+        return self.distance(self.student(noise), images) / self.unit
+
+    def _gradients(self, noise: Tensor, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The losses [b], and the gradients to the parameters and, with soft forcing, to the noises."""
+        noise = noise.detach().requires_grad_(self.noise.soft)
+        losses = self._losses(noise, images)
+        inputs = [*self.optimizers.parameters, *([noise] if self.noise.soft else [])]
+        # The sum: so the noises' gradients do not depend on the batch; the parameters' are divided later.
+        return losses.detach(), torch.autograd.grad(losses.sum(), inputs, materialize_grads=True)
+
+    def _replayed(self, what: str, rows: int, work: Callable[[], Any]) -> Any:
+        """The work on a whole batch, which is the same each time but for the numbers: on a GPU one graph."""
+        if self._noise.device.type != "cuda" or rows < len(self._noise):
+            return work()
+        key = (what, len(self.optimizers.parameters))
+        if key not in self._graphs:
+            self._graphs[key] = CudaGraph(
+                work, lambda why: warnings.warn(f"LD3 without a CUDA graph: {why}", stacklevel=2), 1
+            )
+        return self._graphs[key]()
+
+    def _validate(self, train_loss: Tensor) -> bool:
         losses = self.losses(self.validation)
         mean = float(losses.mean())
         improved = mean < float(self.best.mean())
         if improved:
             self.best = losses
             self._save()
-        numbers = {"train_loss": train_loss, "validation_loss": mean, "best_loss": float(self.best.mean())}
+        numbers = {"train_loss": float(train_loss), "validation_loss": mean, "best_loss": float(self.best.mean())}
         self.report(self.iteration, {**numbers, **self.noise.statistics(), "lr": self.optimizers.lr})
         return improved
 

@@ -21,12 +21,18 @@ class TrainingNoise:
     def __init__(self, noise: Tensor, radius: float, step_size: float) -> None:
         self.origin, self.moved = noise, noise.clone()
         self.radius, self.step_size = radius, step_size
-        self.tried, self.kept, self._kept_before = 0, 0, 0
+        self.tried, self._kept_before = 0, 0
+        self._kept = torch.zeros((), dtype=torch.int64, device=noise.device)
 
     @property
     def soft(self) -> bool:
         """Whether noises move at all."""
         return self.radius > 0
+
+    @property
+    def kept(self) -> int:
+        """Steps that were kept."""
+        return int(self._kept)
 
     def propose(self, rows: Tensor, gradient: Tensor) -> Tensor:
         """A gradient step for the noises ``rows`` [b], projected onto their balls; gradient as the noises."""
@@ -35,15 +41,17 @@ class TrainingNoise:
     def keep_better(self, rows: Tensor, proposed: Tensor, before: Tensor, after: Tensor) -> None:
         """Moves those noises whose own loss fell; before, after: [b], both at the same parameters of the student."""
         better = after < before
-        self.moved[rows[better]] = proposed[better]
+        chosen = better.view(-1, *[1] * (proposed.dim() - 1))
+        self.moved[rows] = torch.where(chosen, proposed, self.moved[rows])
         self.tried += len(rows)
-        self.kept += int(better.sum())
+        self._kept += better.sum()  # read once a round: the host does not wait for each step
 
     def end_round(self) -> None:
         """Halves the step if the round kept nothing."""
-        if self.kept == self._kept_before:
+        kept = self.kept
+        if kept == self._kept_before:
             self.step_size /= 2
-        self._kept_before = self.kept
+        self._kept_before = kept
 
     def statistics(self) -> dict[str, float]:
         """``accepted``: share of the steps tried that were kept; ``moved``: share of the noises that are elsewhere."""
