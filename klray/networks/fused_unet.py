@@ -95,9 +95,12 @@ def _shifts(network: Any, temb: Tensor) -> dict[Any, Tensor]:
     """
     blocks = _resnets(network)
     weight = torch.cat([block.time_emb_proj.weight for block in blocks])
-    bias = torch.cat([block.time_emb_proj.bias for block in blocks]) + torch.cat([block.conv1.bias for block in blocks])
-    parts = F.linear(temb, weight, bias.to(temb.dtype)).split([block.out_channels for block in blocks], dim=1)
-    return dict(zip(blocks, parts, strict=True))
+    bias = torch.cat([block.time_emb_proj.bias for block in blocks])
+    # Not one bias, their sum: autograd would give both parts' parameters one gradient in one place, to be added to and
+    # clipped twice.
+    other = torch.cat([block.conv1.bias for block in blocks])
+    shift = F.linear(temb, weight, bias.to(temb.dtype)) + other.to(temb.dtype)
+    return dict(zip(blocks, shift.split([block.out_channels for block in blocks], dim=1), strict=True))
 
 
 def _attentions(block: Any) -> Any:

@@ -142,6 +142,7 @@ class _Meter:
         self.losses: list[torch.Tensor] = []
         self.mark = (state.progress.images_seen, state.progress.network_evals, state.progress.seconds)
         self.began = 0.0
+        self.uncounted = (0, 0, 0.0)  # images, evaluations and seconds of a step that is no training time
 
     def start(self) -> None:
         self.began = time.perf_counter()
@@ -151,8 +152,13 @@ class _Meter:
         if self.device.type == "cuda" and (self.first or in_seconds or len(self.losses) == 1):
             torch.cuda.synchronize(self.device)
         progress = self.state.progress
+        took = time.perf_counter() - self.began
         if counts:
-            progress.seconds += time.perf_counter() - self.began
+            progress.seconds += took
+        else:
+            now = (progress.images_seen, progress.network_evals, progress.seconds)
+            self.uncounted = (now[0] - self.mark[0], now[1] - self.mark[1], took)
+            self.mark = now
         self.first = False
         if in_seconds:
             seconds = torch.tensor(progress.seconds, dtype=torch.float64, device=self.device)
@@ -173,16 +179,19 @@ class _Meter:
                 f"{in_a_row:.0f} steps in a row had a non-finite gradient, up to step {progress.step}; "
                 "lower optimizer.lr or set precision.amp=off. The last checkpoint is from before."
             )
-        images, evals, seconds = self.mark
-        elapsed = max(progress.seconds - seconds, 1e-9)
-        self.mark = (progress.images_seen, progress.network_evals, progress.seconds)
+        now = (progress.images_seen, progress.network_evals, progress.seconds)
+        images, evals, elapsed = (b - a for a, b in zip(self.mark, now, strict=True))
+        if not images:
+            images, evals, elapsed = self.uncounted
+        elapsed = max(elapsed, 1e-9)
+        self.mark = now
         self.losses.clear()
         metrics = {
             "train/loss": value,
             "train/skipped_steps": skipped,
             "train/lr": learning_rate(self.config, progress.images_seen - self.config.optimizer.batch_size),
-            "perf/images_per_s": (progress.images_seen - images) / elapsed,
-            "perf/network_evals_per_s": (progress.network_evals - evals) / elapsed,
+            "perf/images_per_s": images / elapsed,
+            "perf/network_evals_per_s": evals / elapsed,
             "perf/data_wait": step.data_seconds / elapsed,
             "perf/workers": float(self.mesh.size),
             "perf/memory_gib": _memory(self.device) / 2**30,

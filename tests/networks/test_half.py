@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -72,3 +73,39 @@ def test_matrices_are_cast_and_vectors_shared() -> None:
             assert cast is own, name
         else:
             assert cast.dtype == torch.bfloat16, name
+
+
+def gradients(**changes: Any) -> dict[str, torch.Tensor]:
+    config: Config = override(BASE, [(key.replace("__", "."), value) for key, value in changes.items()])
+    state = new_state(config, build_network(config), CPU)
+    step = TrainStep(config, build_process(config), state, ImageStream(DATA.train, 0, False, CPU), Mesh(), CPU)
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        found.update({name: p.grad for name, p in state.network.named_parameters() if p.grad is not None})
+
+    state.optimizer.register_step_pre_hook(keep)
+    step()
+    return found
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_every_gradient_of_the_fused_network_is_the_plain_one_s(chunk: int | None) -> None:
+    """Of each parameter, not of the whole, where a small one's error would not be seen."""
+    changes = {"precision__amp": "off", "optimizer__clip_norm": 1e-3}
+    plain = gradients(**changes)
+    fused = gradients(**changes, precision__fused="on", loss__term_chunk=chunk)
+    assert plain.keys() == fused.keys()
+    largest = max(float(gradient.abs().max()) for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-6 * largest, msg=name)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_no_two_gradients_lie_in_one_place(amp: str) -> None:
+    """What is added to or clipped in place would otherwise be so twice."""
+    places = sorted(
+        (gradient.data_ptr(), gradient.data_ptr() + gradient.numel() * gradient.element_size())
+        for gradient in gradients(precision__fused="on", precision__amp=amp).values()
+    )
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))

@@ -46,7 +46,7 @@ def sample(checkpoint: Path, mesh: Mesh) -> dict[str, Any]:
     noise = normal(0, 0, Purpose.SAMPLE, torch.tensor(SEEDS[:BATCH]), model.shape).float()
     with torch.no_grad():
         state = sampler.sample(model.denoiser, model.schedule, noise)
-    return {"rows": sum(rows), "state": state, "images": drawing.drawer(model, sampler, CPU)(SEEDS)}
+    return {"rows": sum(rows), "state": state, "images": drawing.drawer(model, sampler, CPU, mesh)(SEEDS)}
 
 
 def _worker(rank: int, checkpoints: dict[str, Path], folder: Path) -> None:
