@@ -47,4 +47,5 @@ def step_work(config: Config, cost: Mapping[str, int]) -> StepWork:
         cost["cost.parameters"],
         settings.channels * settings.image_size**2,
         coupled=config.loss.coupling == "joint" and terms > 1,
+        passes=-(-terms // (config.loss.term_chunk or terms)),
     )

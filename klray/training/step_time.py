@@ -1,9 +1,9 @@
 """How long a training step should take on a data x basis mesh, and which mesh would be the fastest.
 
-A model with five numbers. With B images a step, K terms, P parameters, D x S ranks, of which C compute at full speed
-beside each other, and images of n numbers:
+A model with six numbers. With B images a step, K terms in q passes through the network, P parameters, D x S ranks, of
+which C compute at full speed beside each other, and images of n numbers:
 
-    compute    (ceil(B / D) ceil(K / S) FLOPs / rate + fixed) x max(1, D S / C)
+    compute    (ceil(B / D) ceil(K / S) FLOPs / rate + fixed + (q - 1) again) x max(1, D S / C)
     gradients  latency + 2 (D S - 1) / (D S) 4 P / bandwidth        one ring all-reduce, not hidden behind compute
     basis      latency + 2 (S - 1) / S 4 n B / D / bandwidth         only where the loss couples the terms
 """
@@ -30,6 +30,8 @@ class Machine:
     fixed: float  # seconds a step whatever the batch: optimiser, averages, launches
     latency: float  # seconds a collective
     bandwidth: float  # bytes/s each rank
+    again: float = 0.0  # seconds of each pass through the network after the first: what does not grow with the batch
+    caution: str | None = None  # what was not measured
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class StepWork:
     parameters: int
     numbers: int  # of an image
     coupled: bool  # the joint loss sums over all terms
+    passes: int = 1  # of one rank with all terms: the chunks
 
 
 def step_time(work: StepWork, machine: Machine, data: int, basis: int) -> StepTime:
@@ -63,8 +66,9 @@ def step_time(work: StepWork, machine: Machine, data: int, basis: int) -> StepTi
     images = math.ceil(work.images / data)
     evals = images * math.ceil(work.terms / basis)
     crowd = max(1.0, ranks / machine.full_speed)
+    passes = math.ceil(work.passes / basis)
     return StepTime(
-        (evals * work.flops_per_eval / machine.rate + machine.fixed) * crowd,
+        (evals * work.flops_per_eval / machine.rate + machine.fixed + (passes - 1) * machine.again) * crowd,
         _all_reduce(4 * work.parameters, ranks, machine),
         _all_reduce(4 * work.numbers * images, basis, machine) if work.coupled else 0.0,
     )
@@ -87,6 +91,8 @@ def expected_lines(work: StepWork, machine: Machine, data: int, basis: int) -> l
     parts = {"compute": expected.compute, "gradients": expected.gradients, "basis sums": expected.basis}
     shares = ", ".join(f"{name} {seconds / expected.total:.0%}" for name, seconds in parts.items() if seconds)
     lines = [f"step        about {expected.total:.3g} s, {work.images / expected.total:.3g} images/s ({shares})"]
+    if machine.caution is not None:
+        lines.append(f"            {machine.caution}")
     if ranks == 1:
         return lines
     efficiency = step_time(work, machine, 1, 1).total / ranks / expected.total
@@ -105,12 +111,14 @@ def _all_reduce(size: float, ranks: int, machine: Machine) -> float:
     return machine.latency + 2 * (ranks - 1) / ranks * size / machine.bandwidth
 
 
-# Fitted by benchmarks/scaling.py: a U-Net's FLOPs/s over those of the convolution that ``this_machine`` times, and gloo
-# on one machine, whose bandwidth a small network left open. For GPUs nothing was fitted: the share is a guess, links
-# are NVLink's order of magnitude.
-UNET_SHARE = {"cpu": 0.68, "cuda": 0.3}
+# CPU: fitted by benchmarks/scaling.py, a U-Net's FLOPs/s over those of the convolution that ``this_machine`` times, and
+# gloo on one machine, whose bandwidth a small network left open. GPU: fitted to the steps of the cifar10 net on an H200
+# (benchmarks/results/gpu_h200.jsonl: batch 128 and 16, whole and in chunks, within 8 %); its links are a guess, of
+# NVLink's order of magnitude.
+UNET_SHARE = {"cpu": 0.68, "cuda": 0.58}
 CORES_SHARE = 0.9  # of a CPU's cores, those that compute as if they were alone
-_LINKS = {"cpu": (0.025, 0.0056, 1e9), "cuda": (2e-3, 5e-5, 1e11)}  # fixed, latency, bandwidth
+_LINKS = {"cpu": (0.025, 0.0056, 1e9), "cuda": (4.3e-3, 5e-5, 1e11)}  # fixed, latency, bandwidth
+_AGAIN = {"cpu": 0.0, "cuda": 4.3e-3}
 
 
 def this_machine() -> Machine:
@@ -119,24 +127,49 @@ def this_machine() -> Machine:
     rate = UNET_SHARE[device.type] * convolution_rate(device)
     full_speed = torch.cuda.device_count() if device.type == "cuda" else CORES_SHARE * (os.cpu_count() or 1)
     fixed, latency, bandwidth = _LINKS[device.type]
-    return Machine(rate, full_speed, fixed, latency, bandwidth)
+    caution = None
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+        caution = "calibrated on one H200 with the cifar10 net in bf16; sums between GPUs are not calibrated"
+        if "H200" not in card:
+            caution = f"not calibrated for {card}: {caution}"
+    return Machine(rate, full_speed, fixed, latency, bandwidth, _AGAIN[device.type], caution)
 
 
 def convolution_rate(device: torch.device, seconds: float = 0.5) -> float:
-    """FLOPs/s of a 3 x 3 convolution forward and backward, on one thread or on the GPU."""
+    """FLOPs/s of a 3 x 3 convolution: on a CPU forward and backward on one thread; on a GPU forward in bf16, queued up
+    as training queues its work."""
+    if device.type == "cuda":
+        return _queued_rate(device, seconds)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        layer = nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1).to(device)
-        x = torch.randn(_IMAGES, _CHANNELS, _SIZE, _SIZE, device=device, requires_grad=True)
+        layer = nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1)
+        x = torch.randn(_IMAGES, _CHANNELS, _SIZE, _SIZE, requires_grad=True)
         layer(x).sum().backward()
         count, began = 0, time.perf_counter()
         while time.perf_counter() - began < seconds:
             layer(x).sum().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             count += 1
         elapsed = time.perf_counter() - began
     finally:
         torch.set_num_threads(threads)
     return count * 3 * 2 * 9 * _CHANNELS**2 * _IMAGES * _SIZE**2 / elapsed
+
+
+@torch.no_grad()
+def _queued_rate(device: torch.device, seconds: float) -> float:
+    channels, images = 256, 128
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(device, torch.bfloat16)
+    layer.to(memory_format=torch.channels_last)
+    x = torch.randn(images, channels, _SIZE, _SIZE, device=device, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    layer(x)
+    torch.cuda.synchronize(device)
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(20):
+            layer(x)
+        torch.cuda.synchronize(device)
+        count += 20
+    return count * 2 * 9 * channels**2 * images * _SIZE**2 / (time.perf_counter() - began)

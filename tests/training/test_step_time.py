@@ -13,7 +13,17 @@ from klray import train
 from klray.build import build_network
 from klray.config import load_config
 from klray.training.cost import cost_of, step_work
-from klray.training.step_time import Machine, StepWork, convolution_rate, expected_lines, meshes_by_time, step_time
+from klray.training.step_time import (
+    _AGAIN,
+    _LINKS,
+    UNET_SHARE,
+    Machine,
+    StepWork,
+    convolution_rate,
+    expected_lines,
+    meshes_by_time,
+    step_time,
+)
 
 WORK = StepWork(images=64, terms=8, flops_per_eval=1e9, parameters=10**6, numbers=3072, coupled=True)
 MACHINE = Machine(rate=1e11, full_speed=64, fixed=0.01, latency=0.001, bandwidth=1e9)
@@ -95,3 +105,24 @@ def test_a_dry_run_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--config", "digits", "--dry-run", "--workers", "4", "--set", "mesh.basis=2"]) == 0
     said = capsys.readouterr().out
     assert "step        about " in said and "efficiency  about " in said and "of 4 workers" in said
+
+
+def test_the_recorded_steps_of_a_gpu() -> None:
+    """Within 8 %, from the convolution that the same card was timed with: one pass, eight, small and large batches."""
+    lines = [json.loads(line) for line in (RESULTS.parent / "gpu_h200.jsonl").read_text().splitlines()]
+    convolution = next(v for line in lines if (v := line.get("conv_bf16_tflops torch.channels_last"))) * 1e12
+    milliseconds = {line["name"]: line["ms_a_step"] for line in lines if line.get("stage") == "speed"}
+    rows = {
+        "vp 128": (128, ["process.num_terms=0"]),
+        "vp 16": (16, ["process.num_terms=0"]),
+        "kl8 whole 128": (128, []),
+        "kl8 chunk1 128": (128, ["loss.term_chunk=1"]),
+        "kl8 wide 128": (128, ["network.architecture=wide"]),
+        "kl8 k1 128": (128, ["loss.partial_terms=1"]),
+    }
+    fixed, latency, bandwidth = _LINKS["cuda"]
+    machine = Machine(UNET_SHARE["cuda"] * convolution, 1, fixed, latency, bandwidth, _AGAIN["cuda"])
+    for name, (batch, changes) in rows.items():
+        config = load_config("cifar10", [f"optimizer.batch_size={batch}", *changes])
+        work = step_work(config, cost_of(config, build_network(config)))
+        assert 1e3 * step_time(work, machine, 1, 1).total == pytest.approx(milliseconds[name], rel=0.08), name
