@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,7 +28,7 @@ _ENVIRONMENT = {
 def connect() -> None:
     """Connects once; later calls do nothing. A private cluster listens on loopback only.
 
-    Its dashboard is needed: without the State API, trials that are stopped never free their workers.
+    Its dashboard is needed: Ray's own helpers ask it which processes are alive.
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -36,7 +37,10 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    runtime_env = {"env_vars": {key: os.environ[key] for key in _ENVIRONMENT}}
+    runtime_env: dict[str, Any] = {
+        "env_vars": {key: os.environ[key] for key in _ENVIRONMENT},
+        "worker_process_setup_hook": f"{__name__}.{name_own_cluster.__name__}",
+    }
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=runtime_env, log_to_driver=False)
         return
@@ -53,6 +57,16 @@ def connect() -> None:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+
+
+def name_own_cluster() -> None:
+    """Called in every process that Ray starts, so that what looks for a cluster there finds its own.
+
+    Ray's helpers would else look through the machine's processes, and die where another Ray runs beside this one.
+    """
+    import ray
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def cluster_size() -> tuple[int, int]:

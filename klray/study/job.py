@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from klray.cluster.connect import cluster_size, cpu_share
+from klray.cluster.places import free_orphans, wait_until_free
 from klray.evaluation.job import Features
 from klray.runs.records import RecordWriter
 from klray.study.scores import study_reference
@@ -82,6 +83,7 @@ def run_study(
         tuner.fit()
     except SystemExit as stop:  # Ray answers Ctrl-C with sys.exit
         raise KeyboardInterrupt from stop
+    wait_until_free(seconds=30)  # of trials that were stopped last
 
 
 def concurrency(space: Space, workers: int) -> int:
@@ -111,10 +113,16 @@ def _mode(space: Space) -> str:
 
 
 class _Watcher(tune.Callback):
-    """Passes on what happens to trials, and closes the records of those that are stopped."""
+    """Passes on what happens to trials, closes the records of those that are stopped, and frees their places."""
 
     def __init__(self, watch: Watch, space: Space, folder: Path) -> None:
         self._watch, self._space, self._folder = watch, space, folder
+        self._freed_at = time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
+        if time.monotonic() - self._freed_at >= 1:
+            free_orphans()
+            self._freed_at = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         self._watch("started", trial.config["number"], {"chosen": trial.config["chosen"]})
