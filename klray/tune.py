@@ -30,6 +30,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--name", help="the study's name (default: the file's name + hash of the space)")
     parser.add_argument("--studies", type=Path, default=Path("studies"), help="the folder that holds studies' folders")
     parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is; off for none")
+    parser.add_argument("--retry-failed", action="store_true", help="trials that failed go on too")
     parser.add_argument("--dry-run", action="store_true", help="print the space and what a trial may be")
     return parser.parse_args(argv)
 
@@ -130,6 +131,7 @@ def _run(args: Namespace, space: Space, name: str) -> int:
             features=features,
             details=details,
             watch=progress,
+            retry_failed=args.retry_failed,
         )
         rows = ranking(space, collect(space, folder))
         write_csv(space, rows, folder / "results.csv")

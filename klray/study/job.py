@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from klray.cluster.connect import cluster_size, cpu_share
 from klray.cluster.places import free_orphans, wait_until_free
 from klray.evaluation.job import Features
 from klray.runs.records import RecordWriter
 from klray.study.scores import study_reference
-from klray.study.search import ERROR, FINISHED, PERCENT, StudySearch, trial_name
+from klray.study.search import ERROR, FINISHED, StudySearch, trial_name
 from klray.study.space import Space
 from klray.study.trial import Plan, run_trial
 from klray.training.job import SharedImages, runs_at_once
+
+_DEATHS = 3  # of a trial's process, before the trial counts as failed
 
 Watch = Callable[[str, int, Mapping[str, Any]], None]  # (what happened, trial's number, its result)
 
@@ -34,6 +36,7 @@ def run_study(
     features: Features,
     details: dict[str, Any],
     watch: Watch,
+    retry_failed: bool = False,
 ) -> None:
     """Runs what is missing of a study: trials that were left unfinished, then new ones up to ``space.trials``.
 
@@ -46,9 +49,11 @@ def run_study(
         features: where an objective is a score of images.
         details: kept in every run's run.json.
         watch: told what happens.
+        retry_failed: trials that failed go on too.
 
     Raises:
         WorkersError: where not even one trial's workers fit.
+        RunError: where the study's storage cannot be used any more.
         KeyboardInterrupt: on Ctrl-C; the same call goes on.
     """
     at_once = concurrency(space, workers)
@@ -58,12 +63,13 @@ def run_study(
     own = {"CPU": share, "GPU": min(1, cluster_size()[1])} if inline else {"node:__internal_head__": 0.001}
     if any(objective.score for objective in space.objectives):
         study_reference(space.base, images, features)  # once, before trials would each want it
+    search = StudySearch(space, folder, retry_failed)
     single = len(space.objectives) == 1
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, plan=plan), own),
         tune_config=tune.TuneConfig(
-            search_alg=StudySearch(space, folder),
-            scheduler=_scheduler(space),
+            search_alg=search,
+            scheduler=_StopsByStorage(search),
             num_samples=space.trials,
             max_concurrent_trials=at_once,
             reuse_actors=inline,  # whose process may take longer to start than the trial takes
@@ -75,6 +81,8 @@ def run_study(
             name=f"attempt_{time.time_ns()}",
             storage_path=str(folder / "ray"),
             callbacks=[_Watcher(watch, space, folder)],
+            # A trial whose process dies goes on from its checkpoint; errors of its own are results.
+            failure_config=tune.FailureConfig(max_failures=_DEATHS),
             verbose=0,
         ),
     )
@@ -83,6 +91,8 @@ def run_study(
         tuner.fit()
     except SystemExit as stop:  # Ray answers Ctrl-C with sys.exit
         raise KeyboardInterrupt from stop
+    except Exception as error:
+        raise search.lost or error from error
     wait_until_free(seconds=30)  # of trials that were stopped last
 
 
@@ -96,20 +106,22 @@ def concurrency(space: Space, workers: int) -> int:
     return min(fit, space.concurrency or fit, space.trials)
 
 
-def _scheduler(space: Space) -> TrialScheduler:
-    """Early stopping along the budget, so that trials of different M are compared at equal cost."""
-    grace = max(1, round(100 * space.scheduler.min_fraction))
-    if space.scheduler.kind == "asha":
-        # max_t beyond 100: no trial is stopped for having used its whole budget, it ends by itself.
-        factor = space.scheduler.reduction_factor
-        return AsyncHyperBandScheduler(time_attr=PERCENT, grace_period=grace, max_t=1000, reduction_factor=factor)
-    if space.scheduler.kind == "median":
-        return MedianStoppingRule(time_attr=PERCENT, grace_period=grace)
-    return FIFOScheduler()
-
-
 def _mode(space: Space) -> str:
     return "min" if space.objectives[0].direction == "minimize" else "max"
+
+
+class _StopsByStorage(FIFOScheduler):
+    """Stops trials where what is stored of all says so; keeps nothing itself, so that it forgets nothing."""
+
+    _supports_buffered_results = False
+
+    def __init__(self, search: StudySearch) -> None:
+        super().__init__()
+        self._search = search
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
+        decision: str = TrialScheduler.STOP if self._search.keep(trial.trial_id, result) else TrialScheduler.CONTINUE
+        return decision
 
 
 class _Watcher(tune.Callback):
@@ -125,7 +137,10 @@ class _Watcher(tune.Callback):
             self._freed_at = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
-        self._watch("started", trial.config["number"], {"chosen": trial.config["chosen"]})
+        self._watch("started", trial.config["number"], trial.config)
+
+    def on_trial_recover(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        self._watch("recovered", trial.config["number"], {ERROR: _last_line(trial)})
 
     def on_trial_result(
         self, iteration: int, trials: Sequence[Any], trial: Any, result: Mapping[str, Any], **info: Any

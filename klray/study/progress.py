@@ -28,7 +28,11 @@ class StudyProgress:
         if event == "started":
             self._chosen[number] = result["chosen"]
             self._running[number] = {}
-            self.show(f"trial {number} starts: {self._setting(number)}")
+            again = ", again with other seeds" if result.get("repeat") else ""
+            self.show(f"trial {number} starts: {self._setting(number)}{again}")
+            return
+        if event == "recovered":
+            self.show(f"trial {number} goes on from its checkpoint: {result['error']}")
             return
         if event == "running":
             self._running[number] = dict(result)

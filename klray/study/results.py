@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from klray.cli import columns
 from klray.runs.records import history
 from klray.statistics import half_width
-from klray.study.search import DIVERGED, open_study, trial_name
+from klray.study.search import DIVERGED, latest, number_of, open_study, stored, trial_name
 from klray.study.space import Space
 
 COSTS = ("images_seen", "network_evals", "seconds")
@@ -26,6 +26,7 @@ class TrialRow:
     """One trial.
 
     Attributes:
+        repeat: how many trials had the same setting before; its seeds follow theirs.
         state: complete, pruned, failed, diverged or running.
         values: of each objective, the mean over the seeds; of a pruned trial the last on the way.
         half_widths: of their 95 % intervals over the seeds; None for one seed.
@@ -34,6 +35,7 @@ class TrialRow:
     """
 
     number: int
+    repeat: int
     state: str
     chosen: dict[str, Any]
     values: list[float]
@@ -44,8 +46,8 @@ class TrialRow:
 
 def collect(space: Space, folder: Path) -> list[TrialRow]:
     """The rows of all trials that were begun, in their order."""
-    trials = open_study(space, folder).get_trials(deepcopy=False)
-    return [_row(space, folder, trial) for trial in trials if "chosen" in trial.user_attrs]
+    with stored(folder):
+        return [_row(space, folder, trial) for trial in latest(open_study(space, folder))]
 
 
 def ranking(space: Space, rows: Sequence[TrialRow]) -> list[TrialRow]:
@@ -89,8 +91,9 @@ def table(space: Space, rows: Sequence[TrialRow]) -> str:
 
 def train_command(space: Space, row: TrialRow) -> str:
     """A trial's setting as a command that trains it again, with its budget to be raised."""
-    config = space.config(row.chosen)
+    config = space.config(row.chosen, row.repeat * space.seeds)
     changes = {**space.fixed, **row.chosen, "budget.unit": config.budget.unit, "budget.amount": config.budget.amount}
+    changes |= {"seed": config.seed} if config.seed else {}
     parts = ["python -m klray.train", f"--config {shlex.quote(space.config_name)}"]
     parts += [f"--set {shlex.quote(f'{key}={_yaml(value)}')}" for key, value in changes.items()]
     return " \\\n    ".join([" ".join(parts[:2]), *parts[2:]])
@@ -101,10 +104,11 @@ def _row(space: Space, folder: Path, trial: FrozenTrial) -> TrialRow:
     values = [fmean(of_seeds) for of_seeds in zip(*per_seed, strict=True)]
     if not values and trial.intermediate_values:
         values = [trial.intermediate_values[max(trial.intermediate_values)]]
-    curves = history(folder / "trials" / trial_name(space, trial.number, 0))
+    curves = history(folder / "trials" / trial_name(space, number_of(trial), 0))
     used: dict[str, float] = {key: curves[key][-1][1] for key in ("budget_used", *COSTS) if key in curves}
     return TrialRow(
-        number=trial.number,
+        number=number_of(trial),
+        repeat=trial.user_attrs.get("repeat", 0),
         state=_state(trial),
         chosen=trial.user_attrs["chosen"],
         values=values,

@@ -59,7 +59,7 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
     objectives = plan.space.objectives
     worst = {o.metric: math.inf if o.direction == "minimize" else -math.inf for o in objectives}
     try:
-        values = _measure(plan, config["number"], config["chosen"])
+        values = _measure(plan, **config)
     except (UserError, RunError) as error:
         tune.report({**worst, PERCENT: 0, ERROR: str(error)})
         return
@@ -68,12 +68,12 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
     tune.report({**worst, **named, PERCENT: 100, FINISHED: means, "values": values})
 
 
-def _measure(plan: Plan, number: int, chosen: dict[str, Any]) -> list[list[float]]:
+def _measure(plan: Plan, number: int, chosen: dict[str, Any], repeat: int) -> list[list[float]]:
     """The objectives of each seed, NaN where it diverged."""
     space = plan.space
     values: list[list[float]] = []
     for seed in range(space.seeds):
-        run_config = checked_start(space.config(chosen, seed), plan.root)
+        run_config = checked_start(space.config(chosen, repeat * space.seeds + seed), plan.root)
         name = trial_name(space, number, seed)
         with open_run(plan.folder / "trials", name, run_config, plan.details) as run_dir:
             whole = finished(run_config, run_dir, warn=lambda text: None)

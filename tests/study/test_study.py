@@ -15,45 +15,18 @@ from typing import Any
 import optuna
 import pytest
 import ray
-import yaml
 from optuna.trial import TrialState
 
 from klray import tune
 from klray.cluster.places import free_orphans
 from klray.config import Config
 from klray.runs.records import history, read_records
-from klray.study.search import DIVERGED, FINISHED, PERCENT, StudySearch, open_study
 from klray.study.space import load_space
+from tests.study.spaces import TINY, space_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 KID = "eval/kid_64.efficientnet_lite0.train"
-TINY = {
-    "network.kind": "mlp",
-    "network.width": 16,
-    "optimizer.batch_size": 16,
-    "validation.images": 16,
-    "validation.every_images": 64,
-    "sampling.images": 4,
-    "sampling.num_steps": 2,
-    "data.limit": 200,
-}
-
-
-def space_file(folder: Path, **changes: Any) -> Path:
-    tree = {
-        "question": "Does it work?",
-        "config": "digits",
-        "set": TINY,
-        "parameters": {"process.num_terms": {"type": "categorical", "choices": [0, 2]}},
-        "budget": {"unit": "network_evals", "amount": 640},
-        "sampler": "grid",
-        "trials": 2,
-        **changes,
-    }
-    file = folder / "space.yaml"
-    file.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return file
 
 
 def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
@@ -263,69 +236,6 @@ def test_what_every_trial_would_fail_by_is_refused_before_the_first(
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "studies").exists()
-
-
-# The searcher alone
-
-
-def search(tmp_path: Path, **changes: Any) -> StudySearch:
-    folder = tmp_path / "study"
-    folder.mkdir(exist_ok=True)
-    return StudySearch(load_space(space_file(tmp_path, **changes)), folder)
-
-
-def test_what_is_not_a_number_counts_as_the_worst(tmp_path: Path) -> None:
-    searcher = search(tmp_path)
-    searcher.suggest("a")
-    searcher.on_trial_complete("a", {FINISHED: [float("nan")], "values": [[float("nan")]], PERCENT: 100})
-    (trial,) = [t for t in searcher.study.get_trials() if t.state != TrialState.WAITING]
-    assert (trial.state, trial.value) == (TrialState.COMPLETE, DIVERGED)
-
-
-def test_a_running_trial_comes_back_first_with_its_settings(tmp_path: Path) -> None:
-    first = search(tmp_path, sampler="random", trials=3)
-    given = first.suggest("a")
-    first.on_trial_result("a", {"val/eps_mse": 0.5, PERCENT: 20})
-    again = search(tmp_path, sampler="random", trials=3)
-    assert again.suggest("b") == given
-    again.on_trial_complete("b", {FINISHED: [0.4], "values": [[0.4]], PERCENT: 100})
-    numbers = [again.suggest(name)["number"] for name in ("c", "d")]  # type: ignore[index]
-    assert numbers == [1, 2]
-    assert again.suggest("e") == "FINISHED"
-    states = [t.state for t in open_study(again.space, tmp_path / "study").get_trials()]
-    assert states == [TrialState.COMPLETE, TrialState.RUNNING, TrialState.RUNNING]
-
-
-def test_a_continued_random_study_does_not_draw_the_same_again(tmp_path: Path) -> None:
-    lr = {"optimizer.lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
-    drawn = []
-    for name in "abcd":
-        suggested = search(tmp_path, sampler="random", trials=9, parameters=lr).study.ask()
-        drawn.append(suggested.suggest_float("optimizer.lr", 1e-4, 1e-2, log=True))
-        assert name
-    assert len(set(drawn)) == 4
-
-
-def test_every_choice_is_tried_at_least_once(tmp_path: Path) -> None:
-    parameters = {
-        "process.num_terms": {"type": "categorical", "choices": [0, 1, 2, 4, 8]},
-        "process.marginal": {"type": "categorical", "choices": ["matched", "truncated"]},
-        "optimizer.lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
-    }
-    searcher = search(tmp_path, sampler="tpe", trials=10, parameters=parameters)
-    chosen = [searcher.suggest(name)["chosen"] for name in "abcde"]  # type: ignore[index]
-    assert {setting["process.num_terms"] for setting in chosen} == {0, 1, 2, 4, 8}
-    assert {setting["process.marginal"] for setting in chosen} == {"matched", "truncated"}
-    assert len({setting["optimizer.lr"] for setting in chosen}) == 5
-
-
-def test_a_stopped_trial_keeps_the_look_that_stopped_it(tmp_path: Path) -> None:
-    searcher = search(tmp_path)
-    number = searcher.suggest("a")["number"]  # type: ignore[index]
-    searcher.on_trial_result("a", {"val/eps_mse": 0.5, PERCENT: 20})
-    searcher.on_trial_complete("a", {"val/eps_mse": 0.4, PERCENT: 40})
-    stopped = searcher.study.get_trials()[number]
-    assert (stopped.state, stopped.intermediate_values) == (TrialState.PRUNED, {20: 0.5, 40: 0.4})
 
 
 def test_the_space_is_kept_with_the_study(tmp_path: Path) -> None:

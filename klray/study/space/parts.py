@@ -246,4 +246,5 @@ class SpaceFile(Part):
     sampler: Literal["tpe", "random", "grid", "nsga2"] = "tpe"
     trials: PositiveInt = 16
     seeds: PositiveInt = 1
+    seed: int = Field(default=0, ge=0)  # of the first run of a trial, of the sampler and of the order of choices
     concurrency: PositiveInt | None = None

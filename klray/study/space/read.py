@@ -117,6 +117,7 @@ def _space(path: Path, tree: Mapping[str, Any]) -> Space:
         sampler=file.sampler,
         trials=file.trials,
         seeds=file.seeds,
+        seed=file.seed,
         concurrency=file.concurrency,
         base=base,
     )

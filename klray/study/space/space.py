@@ -68,6 +68,7 @@ class Space:
     sampler: str
     trials: int
     seeds: int
+    seed: int
     concurrency: int | None
     base: Config
 
@@ -85,12 +86,12 @@ class Space:
         return {k: _label(v) if isinstance(self.parameters[k], Categorical) else v for k, v in chosen.items()}
 
     def config(self, chosen: Mapping[str, Any], seed: int = 0) -> Config:
-        """The configuration of one run of a setting.
+        """The configuration of one run of a setting; ``seed`` counts up from the study's.
 
         Raises:
             ConfigError: where the setting breaks a rule.
         """
-        return override(self._tree, [*chosen.items(), ("seed", seed)])
+        return override(self._tree, [*chosen.items(), ("seed", self.seed + seed)])
 
     @property
     def shown(self) -> list[str]:
@@ -151,6 +152,7 @@ class Space:
             "seeds": self.seeds,
             "concurrency": self.concurrency,
             "base": base,
+            **({"seed": self.seed} if self.seed else {}),  # of which spaces of version 0.1 say nothing
         }
 
     def fingerprint(self) -> str:
