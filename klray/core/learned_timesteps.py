@@ -129,7 +129,7 @@ def scaled(denoiser: Denoiser, schedule: Schedule, model_timesteps: Tensor, scal
 
     def call(x: Tensor, t: Tensor) -> Tensor:
         step = torch.searchsorted(rising, -t.detach(), right=True) - 1
-        factor = scale[step.clamp(0, len(scale) - 1)]
+        factor = torch.take(scale, step.clamp(0, len(scale) - 1))  # by [], the host would wait to read the index
         return (1 - factor) / schedule.alpha(t) * x + factor * denoiser(x, t)
 
     return call

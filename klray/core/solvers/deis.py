@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -12,7 +13,12 @@ from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
 from klray.core.solvers.path import Path, interpolation_weights, multistep_orders, phi
 
-_POINTS, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(256))
+
+@functools.cache
+def _quadrature(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre's points and weights on [-1, 1]; once on each device, which a copy would make wait."""
+    points, weights = (torch.from_numpy(a).to(device) for a in np.polynomial.legendre.leggauss(256))
+    return points, weights
 
 
 def sample(
@@ -50,7 +56,7 @@ def _weights_in_time(path: Path, i: int, order: int) -> list[Tensor]:
     """C_j by Gauss-Legendre in lam, drho = -rho dlam. The points are many for the kinks in t(lam) of VPDiscrete."""
     if order == 1:
         return [torch.exp(-path.lam[i + 1]) - torch.exp(-path.lam[i])]
-    points, quadrature = _POINTS.to(path.lam.device), _WEIGHTS.to(path.lam.device)
+    points, quadrature = _quadrature(path.lam.device)
     h = path.lam[i + 1] - path.lam[i]
     lam = path.lam[i] + h * (points + 1) / 2
     measure = -torch.exp(-lam) * quadrature * h / 2
