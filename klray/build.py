@@ -12,6 +12,7 @@ from torch import Tensor
 
 from klray.config import Config, ConfigError, Sampling
 from klray.core.denoiser import Denoiser, TermDenoiser
+from klray.core.finish import solve
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.learned_timesteps import scaled
 from klray.core.losses import PredictTerms
@@ -110,22 +111,31 @@ class Grid:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A solver, its time grid and its options: how noise becomes images, whatever the model."""
+    """Solver, time grid and options: how noise becomes images, whatever the model; ``final``: see ``solve``."""
 
     solver: Solver
     nfe: int
     options: dict[str, Any]
     grid: Callable[[Schedule], tuple[Tensor, Tensor | None]]
     scale: list[float] | None = None
+    final: str = "denoise"
 
     def sample(self, denoiser: Denoiser, schedule: Schedule, noise: Tensor) -> Tensor:
-        """Unit noise [B, C, H, W] -> images. The start has the schedule's noise level at the grid's first time."""
+        """Unit noise [B, C, H, W] -> images, see ``solve``."""
         timesteps, model_timesteps = self.grid(schedule)
-        x = schedule.sigma(timesteps[0]) * noise
         if self.scale is not None:
             shown = timesteps if model_timesteps is None else model_timesteps
             denoiser = scaled(denoiser, schedule, shown, timesteps.new_tensor(self.scale))
-        return self.solver.sample(denoiser, schedule, x, timesteps, model_timesteps, **self.options)
+        return solve(
+            self.solver,
+            denoiser,
+            schedule,
+            noise,
+            timesteps,
+            model_timesteps,
+            options=self.options,
+            final=self.final,
+        )
 
 
 def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
@@ -169,6 +179,7 @@ def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
         options={**settings.options, **orders},
         grid=_named(TIMESTEPS[settings.timesteps], num_steps) if grid is None else _explicit(grid),
         scale=None if grid is None else grid.scale,
+        final=settings.final,
     )
 
 

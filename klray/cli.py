@@ -19,8 +19,11 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def run_command(name: str, command: Callable[[], int], resume: str = "") -> int:
-    """Runs a command: the user's mistakes are one line and exit 2, a failure is one line and exit 1, Ctrl-C is 130."""
+def run_command(name: str, command: Callable[[], int], resume: str | Callable[[], str] = "") -> int:
+    """Runs a command: the user's mistakes are one line and exit 2, a failure is one line and exit 1, Ctrl-C is 130.
+
+    ``resume``: how to go on after Ctrl-C, asked for then if it depends on what there is.
+    """
     # Libraries below call what torch has deprecated; whoever runs a command can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
     try:
@@ -32,7 +35,7 @@ def run_command(name: str, command: Callable[[], int], resume: str = "") -> int:
         print(f"{name}: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped. {resume}", file=sys.stderr)
+        print(f"\n{name}: stopped. {resume if isinstance(resume, str) else resume()}", file=sys.stderr)
         return 130
 
 
@@ -51,6 +54,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip-x0", choices=("yes", "no"), help="clamp x0 to [-1, 1] (default: as the model's settings)"
     )
+    add_final_flag(parser)
     parser.add_argument(
         "--amp",
         choices=("auto", "bf16", "fp16", "off"),
@@ -65,6 +69,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--basis", type=int, default=1, help="workers that share an image's terms (default 1)")
     parser.add_argument("--force", action="store_true", help="use a learned schedule of other weights too")
     parser.add_argument("--compile", action="store_true", help="compile the network; pays for thousands of images")
+
+
+def add_final_flag(parser: argparse.ArgumentParser) -> None:
+    """Of every command whose images a solver makes."""
+    parser.add_argument(
+        "--final",
+        choices=("denoise", "keep"),
+        help="take out the noise that is left where the time grid ends, or keep it (default: the model's)",
+    )
 
 
 def check_sampling_flags(args: argparse.Namespace) -> None:

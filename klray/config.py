@@ -164,6 +164,7 @@ class Sampling(_Section):
     nfe: PositiveInt | None = None  # instead of num_steps: score evaluations an image, spent as the solver does
     timesteps: str = "logsnr"
     options: dict[str, bool | str] = {}  # of the solver: variant, third_order, lower_order_final, convert_with
+    final: Literal["denoise", "keep"] = "denoise"  # of the noise that is left at the end of the grid
     clip_x0: bool = True
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # of the network; auto: bf16 on GPUs that have it, else off
     channels_last: bool = False

@@ -132,7 +132,7 @@ def _cells(args: Namespace, model: Model) -> list[Cell]:
     cells = []
     options = options_of(args.option) or None
     for solver, timesteps, nfe in product(args.solver or [None], args.timesteps or [None], args.nfe or [None]):
-        chosen = {"solver": solver, "nfe": nfe, "options": options, "amp": args.amp}
+        chosen = {"solver": solver, "nfe": nfe, "options": options, "final": args.final, "amp": args.amp}
         grid = grid_of(timesteps, model, sampling_of(model, **chosen), force=args.force)
         cells.append(Cell(sampling_of(model, grid, timesteps=timesteps, **chosen), grid))
         build_sampler(cells[-1].sampling, grid)  # refuses what cannot be drawn

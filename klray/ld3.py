@@ -10,7 +10,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klray.cli import Parser, columns, options_of, run_command
+from klray.cli import Parser, add_final_flag, columns, options_of, run_command
 
 if TYPE_CHECKING:
     from klray.sampling.model import Model
@@ -26,6 +26,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--nfe", nargs="+", type=int, default=[4, 6, 8, 10], help="score evaluations an image")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the solvers; repeatable")
     parser.add_argument("--clip-x0", choices=("yes", "no"), help="clamp x0 to [-1, 1] (default: the model's)")
+    add_final_flag(parser)
     parser.add_argument("--optimizer", default="ld3", help="ld3 (default), or adam, made for more pairs")
     parser.add_argument("--pairs", type=int, help="noises with the teacher's images (default: ld3 100, adam 1000)")
     parser.add_argument("--loss", help="l2 (default), l1, efficientnet_lite0 (a distance of its features), lpips_vgg")
@@ -110,12 +111,14 @@ def _jobs(args: Namespace, model: Model) -> list[Job]:
 
 
 def _ask(args: Namespace, model: Model) -> Ask:
+    from klray.sampling.draw import sampling_of
     from klray.schedules.ask import PAIRS, Ask, fit_settings, teacher_of
 
-    fit = fit_settings(args.optimizer, args.set, loss=args.loss, space=args.space)
+    final = sampling_of(model, final=args.final).final
+    fit = fit_settings(args.optimizer, args.set, loss=args.loss, space=args.space, final=final)
     return Ask(
         fit=fit,
-        teacher=teacher_of(args.teacher_solver, args.teacher_nfe, args.teacher_timesteps, model.schedule),
+        teacher=teacher_of(args.teacher_solver, args.teacher_nfe, args.teacher_timesteps, model.schedule, fit.final),
         teacher_nfe=args.teacher_nfe,
         teacher_grid=args.teacher_timesteps,
         pairs=args.pairs or PAIRS[args.optimizer],

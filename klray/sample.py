@@ -66,7 +66,13 @@ def _sample(args: Namespace) -> int:
     model = load_model(checkpoint, torch.device("cpu"), mesh=Mesh(1, args.basis))
     if model.assumed is not None:
         print(f"note: {model.assumed}")
-    chosen = {"solver": args.solver, "nfe": args.nfe, "options": options_of(args.option) or None, "amp": args.amp}
+    chosen = {
+        "solver": args.solver,
+        "nfe": args.nfe,
+        "options": options_of(args.option) or None,
+        "final": args.final,
+        "amp": args.amp,
+    }
     grid = grid_of(args.timesteps, model, sampling_of(model, **chosen), force=args.force)
     settings = sampling_of(model, grid, timesteps=args.timesteps, **chosen)
     sampler = build_sampler(settings, grid)

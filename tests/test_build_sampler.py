@@ -160,7 +160,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(case: str) -> None:
 )
 def test_options_reach_the_solver(solver: str, options: dict[str, bool | str]) -> None:
     schedule = VPLinear()
-    settings = Sampling(solver=solver, num_steps=6, options=options)
+    settings = Sampling(solver=solver, num_steps=6, options=options, final="keep")
     x = schedule.sigma(torch.tensor(1.0, dtype=torch.float64)) * noise()
     grid = TIMESTEPS["logsnr"](schedule, 6)
     direct, plain = (SOLVERS[solver].sample(Optimum(schedule), schedule, x, grid, **o) for o in (options, {}))

@@ -166,7 +166,7 @@ def evaluate_cells(
 
 def text_of(rows: Sequence[Row]) -> list[list[str]]:
     """The rows as lines of texts, the header first."""
-    scores = [key for key in rows[0] if key not in (*COLUMNS, "options", "grid")]
+    scores = [key for key in rows[0] if key not in (*COLUMNS, "options", "final", "grid")]
     lines = [[*COLUMNS, *scores]]
     return lines + [
         [*(str(row[key]) for key in COLUMNS), *(f"{row.get(key, float('nan')):.5g}" for key in scores)] for row in rows
@@ -176,7 +176,7 @@ def text_of(rows: Sequence[Row]) -> list[list[str]]:
 def describe(cell: Cell) -> dict[str, Any]:
     """What tells a cell from others."""
     nfe = build_sampler(cell.sampling, cell.grid).nfe
-    settings = cell.sampling.model_dump(mode="json", include={"solver", "timesteps", "options"})
+    settings = cell.sampling.model_dump(mode="json", include={"solver", "timesteps", "options", "final"})
     points = {} if cell.grid is None else {"grid": asdict(cell.grid)}
     return {**settings, **points, "nfe": nfe}
 

@@ -124,7 +124,7 @@ def fit_settings(optimizer: str, changes: Sequence[str], **chosen: Any) -> FitSe
         raise AskError(f"--set {error}") from error
 
 
-def teacher_of(solver: str, nfe: int, timesteps: str, schedule: Schedule) -> Teacher:
+def teacher_of(solver: str, nfe: int, timesteps: str, schedule: Schedule, final: str = "denoise") -> Teacher:
     """A teacher that spends ``nfe`` evaluations an image on a named grid of the schedule.
 
     Raises:
@@ -138,7 +138,7 @@ def teacher_of(solver: str, nfe: int, timesteps: str, schedule: Schedule) -> Tea
         num_steps, orders = SOLVERS[solver].plan(nfe)
     except ValueError as error:
         raise AskError(f"--teacher-nfe: {error}") from error
-    return Teacher(solver, TIMESTEPS[timesteps](schedule, num_steps).tolist(), orders)
+    return Teacher(solver, TIMESTEPS[timesteps](schedule, num_steps).tolist(), orders, final)
 
 
 def plan_text(ask: Ask, jobs: Sequence[Job], missing: Sequence[Job], evals: int) -> str:

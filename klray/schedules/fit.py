@@ -63,7 +63,16 @@ def fit_timesteps(
     num_steps, orders = SOLVERS[solver].plan(nfe)
     times = LearnedTimesteps(schedule, num_steps, settings.space, output_scale=settings.output_scale)
     times = times.to(pairs.noise.device)
-    student = Student(denoiser, schedule, SOLVERS[solver], {**(options or {}), **orders}, times, settings.recompute)
+    options = dict(options or {})
+    student = Student(
+        denoiser,
+        schedule,
+        SOLVERS[solver],
+        {**options, **orders},
+        times,
+        settings.recompute,
+        settings.final,
+    )
     loop = FitLoop(student, pairs, settings, distance or DISTANCES[settings.loss], nfe, report)
     if starts is None:
         starts = {name: grid(schedule, num_steps) for name, grid in TIMESTEPS.items()}
@@ -73,7 +82,7 @@ def fit_timesteps(
     return LearnedSchedule(
         solver=solver,
         nfe=nfe,
-        options=dict(options or {}),
+        options=options,
         timesteps=timesteps.tolist(),
         model_timesteps=model_timesteps.tolist(),
         lam=schedule.lam(timesteps).tolist(),

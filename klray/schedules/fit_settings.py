@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
+from klray.core.finish import FINALS
 from klray.core.learned_timesteps import LearnedTimesteps
 
 
@@ -35,6 +36,7 @@ class FitSettings:
         reload_each_round: each round starts from the best parameters.
         margin: standard errors by which the loss must fall for learned times to replace the start.
         output_scale: learn a factor on the noise estimate of each step.
+        final: what becomes of the noise left in the student's images, see ``solve``; as the teacher's.
         recompute: keep no activations of the network, see ``Student``.
         seed: of the order of the training pairs.
 
@@ -63,12 +65,15 @@ class FitSettings:
     reload_each_round: bool = True
     margin: float = 1.0
     output_scale: bool = False
+    final: str = "denoise"
     recompute: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("ld3", "adam"):
             raise ValueError(f"optimizer must be ld3 or adam, got {self.optimizer!r}")
+        if self.final not in FINALS:
+            raise ValueError(f"final must be one of {', '.join(FINALS)}, got {self.final!r}")
         counts = ("validation_pairs", "batch_size", "validation_batch", "validate_every", "patience")
         for name in counts:
             if getattr(self, name) < 1:

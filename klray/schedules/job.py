@@ -169,6 +169,7 @@ class Ld3Job:
             "solver": schedule.solver,
             "nfe": schedule.nfe,
             "options": dict(schedule.options) or None,
+            "final": self.ask.fit.final,
         }
         cells = []
         for name in grids:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from klray.core.denoiser import Denoiser
+from klray.core.finish import solve
 from klray.core.learned_timesteps import scaled
 from klray.core.schedule import Schedule
 from klray.core.solvers import SOLVERS
@@ -46,7 +47,7 @@ class LearnedSchedule:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def sample(self, denoiser: Denoiser, schedule: Schedule, noise: Tensor) -> Tensor:
-        """Unit noise [B, C, H, W] -> images."""
+        """Unit noise [B, C, H, W] -> images, finished as the fit's were."""
         timesteps, model_timesteps = (
             torch.tensor(each, dtype=torch.float64, device=noise.device)
             for each in (self.timesteps, self.model_timesteps)
@@ -54,9 +55,10 @@ class LearnedSchedule:
         if self.scale is not None:
             scale = torch.tensor(self.scale, dtype=torch.float64, device=noise.device)
             denoiser = scaled(denoiser, schedule, model_timesteps, scale)
-        solver, x = SOLVERS[self.solver], schedule.sigma(timesteps[0]) * noise
-        keywords = {**self.options, **solver.plan(self.nfe)[1]}
-        return solver.sample(denoiser, schedule, x, timesteps, model_timesteps, **keywords)
+        solver = SOLVERS[self.solver]
+        options = {**self.options, **solver.plan(self.nfe)[1]}
+        final = self.settings.get("final", "denoise")
+        return solve(solver, denoiser, schedule, noise, timesteps, model_timesteps, options=options, final=final)
 
     def to_json(self) -> str:
         """As an object with a key for each attribute; floats keep every bit."""

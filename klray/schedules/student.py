@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from klray.core.denoiser import Denoiser
+from klray.core.finish import solve
 from klray.core.learned_timesteps import LearnedTimesteps
 from klray.core.schedule import Schedule
 from klray.core.solvers import Solver
 
 
 class Student:
-    """Unit noise [B, C, H, W] -> images, differentiable in the noise and in the parameters of ``times``.
+    """Unit noise [B, C, H, W] -> images as ``solve`` makes them, differentiable in the noise and in the parameters of
+    ``times``: what is learned is what is drawn.
 
     With ``recompute`` the network's activations are not kept but computed again in the backward pass, one evaluation
     at a time: what is kept grows with the number of steps by states of the size of x only. The denoiser must give the
@@ -31,15 +33,25 @@ class Student:
         options: Mapping[str, Any],
         times: LearnedTimesteps,
         recompute: bool,
+        final: str = "denoise",
     ) -> None:
         self.denoiser = _recomputed(denoiser) if recompute else denoiser
         self.schedule, self.solver, self.options, self.times = schedule, solver, options, times
+        self.final = final
 
     def __call__(self, noise: Tensor) -> Tensor:
         timesteps, model_timesteps = self.times()
         denoiser = self.times.scaled(self.denoiser, model_timesteps)
-        x = self.schedule.sigma(timesteps[0]) * noise
-        return self.solver.sample(denoiser, self.schedule, x, timesteps, model_timesteps, **self.options)
+        return solve(
+            self.solver,
+            denoiser,
+            self.schedule,
+            noise,
+            timesteps,
+            model_timesteps,
+            options=self.options,
+            final=self.final,
+        )
 
 
 def _recomputed(denoiser: Denoiser) -> Denoiser:

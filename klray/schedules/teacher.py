@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from klray.core.denoiser import Denoiser
+from klray.core.finish import solve
 from klray.core.schedule import Schedule
 from klray.core.solvers import SOLVERS
 from klray.errors import UserError
@@ -64,11 +65,13 @@ class Teacher:
         solver: a name in SOLVERS.
         timesteps: [N + 1], of many steps.
         options: keywords of the solver.
+        final: what becomes of the noise that is left, see ``solve``.
     """
 
     solver: str
     timesteps: list[float]
     options: Mapping[str, Any] = field(default_factory=dict)
+    final: str = "denoise"
 
     def key(self, model: str, seeds: Sequence[int], shape: Sequence[int]) -> str:
         """16 hex digits of everything that decides the pairs; ``model`` is a fingerprint of the denoiser."""
@@ -103,8 +106,8 @@ class Teacher:
             batch = list(seeds[first : first + batch_size])
             padded = torch.tensor(batch + batch[:1] * (batch_size - len(batch)), device=device)
             noise = normal(0, 0, Purpose.SAMPLE, padded, shape).to(dtype)
-            x = schedule.sigma(timesteps[0]) * noise
-            images = SOLVERS[self.solver].sample(denoiser, schedule, x, timesteps, **self.options)
+            solver = SOLVERS[self.solver]
+            images = solve(solver, denoiser, schedule, noise, timesteps, options=self.options, final=self.final)
             parts.append(TeacherPairs(noise[: len(batch)].cpu(), images[: len(batch)].cpu()))
         return TeacherPairs.cat(parts)
 

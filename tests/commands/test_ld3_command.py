@@ -120,6 +120,14 @@ def test_a_dry_run_tells_the_jobs_and_writes_nothing(checkpoint: Path, capsys: p
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("flags", "final"), [([], "denoise"), (["--final", "keep"], "keep"), (["--set", "final=keep"], "keep")]
+)
+def test_teacher_and_student_finish_their_images_alike(checkpoint: Path, flags: list[str], final: str) -> None:
+    ask = ld3._ask(ld3.parse(["--checkpoint", str(checkpoint), *flags]), loaded(checkpoint))
+    assert (ask.fit.final, ask.teacher.final) == (final, final)
+
+
 def test_the_list_shows_what_the_model_has(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(checkpoint, "--list") == 0
     assert "no schedules of" in capsys.readouterr().out

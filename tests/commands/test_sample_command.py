@@ -142,6 +142,15 @@ def test_clip_x0_is_the_users_or_the_models(trained: Path, tmp_path: Path) -> No
     assert not np.array_equal(drawn(free), drawn(free, "--clip-x0", "yes"))
 
 
+def test_what_becomes_of_the_last_noise_is_the_users_or_the_models(trained: Path, tmp_path: Path) -> None:
+    own, denoised, kept = drawn(trained), drawn(trained, "--final", "denoise"), drawn(trained, "--final", "keep")
+    assert np.array_equal(own, denoised)
+    assert not np.array_equal(own, kept)
+    keeping = klray_model(tmp_path / "keeping", sampling__final="keep")
+    assert np.array_equal(drawn(keeping), drawn(keeping, "--final", "keep"))
+    assert not np.array_equal(drawn(keeping), drawn(keeping, "--final", "denoise"))
+
+
 def test_options_reach_the_solver(trained: Path) -> None:
     how = ["--solver", "unipc_2", "--nfe", "4"]
     default = drawn(trained, *how)

@@ -61,9 +61,9 @@ def output_of_diffusers(folder: Path, num_steps: int, *, use_clipped: bool, **sc
     ).images
 
 
-def output_of_klray(model: Model, points: list[float]) -> Tensor:
+def output_of_klray(model: Model, points: list[float], final: str = "denoise") -> Tensor:
     """The ddim sampler's images on this grid, from the same noise, in [0, 1]."""
-    sampler = build_sampler(Sampling(solver="ddim"), Grid(points))
+    sampler = build_sampler(Sampling.model_validate({"solver": "ddim", "final": final}), Grid(points))
     level = model.schedule.sigma(torch.tensor(points[0], dtype=torch.float64))
     with torch.no_grad():
         images = sampler.sample(model.denoiser, model.schedule, start(model.shape[0]) / level)
@@ -101,17 +101,19 @@ def test_ddim_on_a_pipelines_own_times_is_its_own_output(
         assert float((free - mine).abs().max()) > 1e-2  # so the clamp did something
 
 
+@pytest.mark.parametrize("final", ["denoise", "keep"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_ddim_on_trailing_times_down_to_the_first_level_is_diffusers(prediction: str, tmp_path: Path) -> None:
-    """From 999 to the level of index 0: klray's own default ends, t = 1 and t = 1/1000. RGB."""
+def test_ddim_on_trailing_times_is_diffusers(prediction: str, final: str, tmp_path: Path) -> None:
+    """From 999 to the level of index 0, klray's own default ends, t = 1 and t = 1/1000, and from there to no noise, as
+    is diffusers' default too; or the noise of index 0 is left in the image. RGB."""
     network = unet(5, in_channels=3, out_channels=3)
     folder = pipeline(tmp_path / "model", network, prediction_type=prediction, clip_sample=False)
-    settings = {"timestep_spacing": "trailing", "set_alpha_to_one": False}
+    settings = {"timestep_spacing": "trailing", "set_alpha_to_one": final == "denoise"}
     theirs = output_of_diffusers(folder, 8, use_clipped=False, **settings)
     model = load_model(folder, CPU)
     assert model.shape == (3, 8, 8)
     assert (model.schedule.t_max, model.schedule.t_min) == (1.0, 0.001)
-    assert_equal(output_of_klray(model, [*times(list(range(999, 0, -125))), 0.001]), theirs)
+    assert_equal(output_of_klray(model, [*times(list(range(999, 0, -125))), 0.001], final), theirs)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from klray.core.analytic import MixtureDenoiser
+from klray.core.finish import solve
 from klray.core.learned_timesteps import LearnedTimesteps
 from klray.core.schedule import VPLinear
 from klray.core.solvers import SOLVERS
@@ -74,7 +75,7 @@ def error(schedule: LearnedSchedule, pairs: TeacherPairs) -> float:
 def test_pairs_are_the_images_that_sampling_gives_to_their_seeds(pairs: TeacherPairs) -> None:
     torch.testing.assert_close(pairs.noise, normal(0, 0, Purpose.SAMPLE, torch.arange(20), SHAPE))
     grid = TIMESTEPS["logsnr"](LINEAR, 60)
-    x = SOLVERS["dpm_solver_pp_2m"].sample(DENOISER, LINEAR, LINEAR.prior_std * pairs.noise, grid)
+    x = solve(SOLVERS["dpm_solver_pp_2m"], DENOISER, LINEAR, pairs.noise, grid)
     torch.testing.assert_close(pairs.images, x)
     seven = {"shape": SHAPE, "batch_size": 7, "dtype": torch.float64}
     whole = TEACHER.pairs(DENOISER, LINEAR, range(20), **seven)
@@ -220,7 +221,7 @@ def test_what_is_returned_is_the_best_on_pairs_that_nothing_touched(pairs: Teach
     assert learned.validation_loss == pytest.approx(error(learned, pairs[12:]), rel=1e-9)
     assert learned.validation_loss < learned.start_losses[learned.start]
     for name, grid in STARTS.items():
-        fixed = SOLVERS["ddim"].sample(DENOISER, LINEAR, LINEAR.prior_std * pairs.noise, grid)
+        fixed = solve(SOLVERS["ddim"], DENOISER, LINEAR, pairs.noise, grid)
         assert learned.start_losses[name] == pytest.approx(float(l2(fixed, pairs.images)[12:].mean()), rel=1e-8)
     assert learned.lam == pytest.approx(LINEAR.lam(torch.tensor(learned.timesteps, dtype=torch.float64)).tolist())
 

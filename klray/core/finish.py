@@ -1,0 +1,65 @@
+"""From unit noise to images: a solver's steps, and the noise that the end of its grid still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from klray.core.denoiser import Denoiser
+from klray.core.schedule import Schedule
+from klray.core.solvers import Solver
+
+FINALS = ("denoise", "keep")
+
+
+def solve(
+    solver: Solver,
+    denoiser: Denoiser,
+    schedule: Schedule,
+    noise: Tensor,
+    timesteps: Tensor,
+    model_timesteps: Tensor | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    final: str = "denoise",
+) -> Tensor:
+    """Unit noise [B, C, H, W] -> images, differentiable as ``solver.sample``, with as many denoiser calls.
+
+    The start has the schedule's noise level at the grid's first time. A grid ends at t_min > 0, where the state still
+    holds noise of sigma(t_min). ``denoise`` takes it out with the estimate that the last call gave, at that call's own
+    point (x, t):
+
+    x0 = (x_N - sigma_N e)/alpha_N,   e = (x - alpha(t) x0_hat(x, t))/sigma(t)
+
+    After a last step of order 1 this is that call's x0_hat, what diffusers' schedulers return from a last step down to
+    sigma = 0; after one of higher order x0_hat would undo the step. Where the denoiser clamps x0_hat, e is the noise
+    that goes with the clamped one. ``keep``: x_N itself.
+
+    Args:
+        timesteps, model_timesteps, options: as for ``solver.sample``.
+        final: one of FINALS.
+
+    Raises:
+        ValueError: for another ``final``, and as ``solver.sample``.
+    """
+    if final not in FINALS:
+        raise ValueError(f"final must be one of {', '.join(FINALS)}, got {final!r}")
+    call: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def last(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal call
+        call = x, t, denoiser(x, t)
+        return call[2]
+
+    x = solver.sample(
+        last, schedule, schedule.sigma(timesteps[0]) * noise, timesteps, model_timesteps, **(options or {})
+    )
+    if final == "keep":
+        return x
+    assert call is not None
+    at, t, x0_hat = call
+    eps = (at - schedule.alpha(t) * x0_hat) / schedule.sigma(t)
+    end = timesteps[-1].double()
+    return (x - schedule.sigma(end) * eps) / schedule.alpha(end)
