@@ -39,13 +39,21 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 2 the user's mistake, 1 a failure, 130 stopped by Ctrl-C."""
     args = parse(argv)
-    return run_command("klray.train", lambda: _train(args), "The same command again goes on from the last checkpoint.")
+    return run_command("klray.train", lambda: _train(args), lambda: _how_to_go_on(args))
+
+
+def _how_to_go_on(args: Namespace) -> str:
+    run_dir: Path | None = getattr(args, "run_dir", None)
+    if run_dir is None or not any(run_dir.glob("checkpoints/checkpoint_*")):
+        return "There is no checkpoint yet: the same command starts anew."
+    return "The same command again goes on from the last checkpoint."
 
 
 def _train(args: Namespace) -> int:
     from klray.build import build_sampler
     from klray.config import ConfigError, load_config
     from klray.parallel.mesh import resolve_mesh
+    from klray.runs.run_dir import check_run
     from klray.training.initialise import checked_start
 
     seed = [] if args.seed is None else [f"seed={args.seed}"]
@@ -64,7 +72,10 @@ def _train(args: Namespace) -> int:
         raise ConfigError(f"mesh.basis must be 1 where --workers is a range, got {basis_size}")
     name = args.name or config.default_name()
     if args.dry_run:
-        return _dry_run(config, name, (data_size, basis_size))
+        _dry_run(config, name, (data_size, basis_size))
+        check_run(args.runs, name, config)
+        _data(config)  # what it would cost is said even where this refuses
+        return 0
     data = _data(config)
     if args.runner == "torchrun" and os.environ["RANK"] != "0":
         from klray.runs.progress import finished
@@ -116,12 +127,14 @@ def _data(config: Config) -> ImageData:
     return data
 
 
-def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
+def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> None:
     import yaml
 
     from klray.build import build_network
+    from klray.cli import duration
+    from klray.runs.progress import steps_of
     from klray.training.cost import cost_of, step_work
-    from klray.training.step_time import expected_lines, this_machine
+    from klray.training.step_time import expected_lines, step_time, this_machine
 
     cost = cost_of(config, build_network(config))
     data_size, basis_size = mesh_shape
@@ -131,13 +144,18 @@ def _dry_run(config: Config, name: str, mesh_shape: tuple[int, int]) -> int:
     print(f"FLOPs       {cost['cost.flops_per_eval'] / 1e9:.3f} GFLOP a network evaluation, forward, of one image")
     print(f"            {cost['cost.train_flops_per_image'] / 1e9:.3f} GFLOP a training image")
     print(f"workers     {data_size * basis_size} = {data_size} (data) x {basis_size} (basis)")
-    print("\n".join(expected_lines(step_work(config, cost), this_machine(), data_size, basis_size)))
-    return 0
+    work, machine = step_work(config, cost), this_machine()
+    print("\n".join(expected_lines(work, machine, data_size, basis_size)))
+    if config.budget.unit == "seconds":
+        print(f"in all      {duration(config.budget.amount)} of training")
+    else:
+        seconds = steps_of(config) * step_time(work, machine, data_size, basis_size).total
+        print(f"in all      about {duration(seconds)} of training, validation and start-up not counted")
 
 
 def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, int], data: ImageData, least: int) -> int:
     """Opens the run, follows its records, and trains."""
-    from klray.runs.progress import finished
+    from klray.runs.progress import budget_used, fits, kept
     from klray.runs.provenance import provenance_of
     from klray.runs.records import RecordWriter
     from klray.runs.run_dir import open_run
@@ -152,13 +170,17 @@ def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, in
     details = {"experiment": tracking.experiment, "tracking_uri": uri}
     with ExitStack() as stack:
         run_dir = stack.enter_context(open_run(args.runs, name, config, details))
-        done = finished(config, run_dir, lambda text: print(f"note: {text}", flush=True))
+        args.run_dir = run_dir
+        progress = kept(run_dir, lambda text: print(f"note: {text}", flush=True))
+        done = progress is not None and not fits(config, progress)
         if done and not any(run_dir.glob("snapshots/snapshot_*")):
             print(f"run {name} has finished:\n{summary(run_dir)}")
             print("A larger --set budget.amount=... goes on from here.")
             return 0
         provenance = provenance_of(config, name, run_dir)
         print(f"run {name} in {run_dir}", flush=True)
+        if progress is not None:
+            print(f"goes on from {progress.images_seen:,} images ({budget_used(config, progress):.0%})", flush=True)
         if uri is not None:
             try:
                 prepare(uri, tracking.experiment)

@@ -45,6 +45,19 @@ class Turn:
             raise TurnError(f"other workers go on with {self._file.parent}; these stop")
 
 
+def check_run(root: Path, name: str, config: Config) -> None:
+    """Refuses what ``open_run`` would, but a run that is being trained; writes nothing.
+
+    Raises:
+        ConfigError: for a bad name, and one that stands for another configuration or a larger budget.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"--name must be letters, digits, '.', '_' or '-', got {name!r}")
+    file = root.resolve() / name / "run.json"
+    if file.exists():
+        _refuse_other(name, config, json.loads(file.read_text())["config"])
+
+
 @contextmanager
 def open_run(root: Path, name: str, config: Config, details: dict[str, Any]) -> Iterator[Path]:
     """RUNS/NAME with a run.json of the configuration and ``details``, locked against a second driver.
@@ -53,13 +66,11 @@ def open_run(root: Path, name: str, config: Config, details: dict[str, Any]) -> 
         ConfigError: for a bad name, a name that stands for another configuration or a larger budget, or a run that
             another process is training.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(f"--name must be letters, digits, '.', '_' or '-', got {name!r}")
+    check_run(root, name, config)
     run_dir = root.resolve() / name
     file = run_dir / "run.json"
     with locked(run_dir, f"run {name} is being trained by another process; wait, or choose a --name"):
-        if file.exists():
-            _refuse_other(name, config, json.loads(file.read_text())["config"])
+        check_run(root, name, config)  # another may have made it meanwhile
         aside = file.with_suffix(".tmp")
         aside.write_text(json.dumps({"name": name, **details, "config": config.model_dump(mode="json")}, indent=1))
         aside.rename(file)

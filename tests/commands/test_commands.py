@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,9 @@ def ray_runs() -> bool:
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
-def tiny(*changes: str, name: str = "run") -> int:
+def tiny(*changes: str, name: str = "run", more: Sequence[str] = ()) -> int:
     settings = [part for change in (*TINY, *changes) for part in ("--set", change)]
-    return run("--config", "digits", "--runner", "local", "--name", name, *settings)
+    return run("--config", "digits", "--runner", "local", "--name", name, *settings, *more)
 
 
 @pytest.fixture(autouse=True)
@@ -149,10 +150,50 @@ def test_every_preset_is_valid_and_dry_runs_describe_it(capsys: pytest.CaptureFi
     )
     for name in preset_names():
         extra = ["--set", "data.path=x"] if name == "image_folder" else []
-        assert run("--config", name, "--dry-run", *extra) == 0
-    printed = capsys.readouterr().out
-    assert "parameters  35,750,403" in printed  # cifar10
-    assert "GFLOP a training image" in printed
+        status = run("--config", name, "--dry-run", *extra)
+        printed = capsys.readouterr()
+        assert status == (0 if name == "digits" else 2), name
+        if status:  # its data are not here: said as the run would, after what it would cost
+            assert "KLRAY_DATA" in printed.err or "data.path" in printed.err, name
+        assert "GFLOP a training image" in printed.out, name
+        assert "of training, validation and start-up not counted" in printed.out, name
+        if name == "cifar10":
+            assert "parameters  35,750,403" in printed.out
+
+
+def test_a_dry_run_refuses_a_name_that_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny() == 0
+    assert tiny("seed=1", more=["--dry-run"]) == 2
+    assert "run exists with another configuration (seed: 0 -> 1)" in capsys.readouterr().err
+    assert tiny("budget.amount=8", more=["--dry-run"]) == 0
+
+
+def test_a_run_says_where_it_goes_on_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny() == 0
+    capsys.readouterr()
+    assert tiny("budget.amount=8") == 0
+    assert "goes on from 32 images (50%)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("every", "how"),
+    [(10**9, "There is no checkpoint yet: the same command starts anew."), (8, "goes on from the last")],
+)
+def test_what_is_said_after_ctrl_c(every: int, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    awaited = "runs/run/run.json" if every > 8 else "runs/run/checkpoints/checkpoint_*"
+
+    def stop(*_: object) -> None:
+        if any(Path().glob(awaited)):
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+    try:
+        assert tiny("budget.amount=1000000", f"checkpoint.every_images={every}") == 130
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert how in capsys.readouterr().err
 
 
 def test_values_from_the_command_line() -> None:
