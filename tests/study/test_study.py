@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import ray
 from optuna.trial import TrialState
@@ -79,9 +82,16 @@ def test_a_study_with_a_failing_trial(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {run.data.params["process.num_terms"] for run in nested} == {"2", "4"}
     assert "results.csv" in [artifact.path for artifact in client.list_artifacts(study.info.run_id)]
 
+    # What failed goes on when its cause is gone, if that is asked for.
+    shutil.rmtree(taken)
+    assert tune.main([*command, "--tracking-uri", "off"]) == 1
+    assert not taken.exists()
+    assert tune.main([*command, "--tracking-uri", "off", "--retry-failed"]) == 0
+    assert history(taken)["budget_used"][-1][1] > 0.8
+
     # The same command runs nothing again; another space under the name is refused, and so are fewer trials.
     before = {path: path.read_bytes() for path in folder.glob("trials/*/records.jsonl")}
-    assert tune.main([*command, "--tracking-uri", "off"]) == 1
+    assert tune.main([*command, "--tracking-uri", "off"]) == 0
     assert {path: path.read_bytes() for path in folder.glob("trials/*/records.jsonl")} == before
     capsys.readouterr()
     assert tune.main(["--space", str(file), "--name", "study", "--set", "budget.amount=700"]) == 2
@@ -128,6 +138,39 @@ def test_bad_settings_are_pruned_and_free_their_workers(tmp_path: Path) -> None:
     assert [r["status"] for r, _ in read_records(run_dir) if r["kind"] == "status"] == ["RUNNING", "KILLED"]
     assert used < 0.9
     assert not free_orphans()
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = space_file(
+        tmp_path,
+        set={**TINY, "validation.every_images": 4000, "checkpoint.every_images": 500},
+        parameters={"optimizer.lr": {"type": "categorical", "choices": [1e-3]}},
+        budget={"unit": "images", "amount": 8000},
+        trials=1,
+    )
+    run_dir = tmp_path / "studies" / "study" / "trials" / "0000"
+
+    def kill() -> None:
+        deadline = time.monotonic() + 300
+        while not any(run_dir.glob("checkpoints/checkpoint_*/manifest.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::ImplicitFu"):  # Tune's name of a trial
+                process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    command = ["--space", str(file), "--name", "study", "--tracking-uri", "off", "--trial-runner", "inline"]
+    assert tune.main(command) == 0
+    killer.join()
+    assert "trial 0 goes on from its checkpoint" in capsys.readouterr().out
+    (trial,) = trials_of(tmp_path / "studies" / "study")
+    assert trial.state == TrialState.COMPLETE
+    statuses = [record["status"] for record, _ in read_records(run_dir) if record["kind"] == "status"]
+    assert statuses == ["RUNNING", "RUNNING", "FINISHED"]
+    assert history(run_dir)["images_seen"][-1][1] == 8000
 
 
 def test_a_killed_driver_loses_no_trial_and_repeats_none(tmp_path: Path) -> None:
