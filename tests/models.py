@@ -33,6 +33,15 @@ def klray_model(folder: Path, **changes: Any) -> Path:
     return save_snapshot(folder, new_state(config, build_network(config), torch.device("cpu")), config)
 
 
+def broken_model(folder: Path) -> Path:
+    """The same, with weights that are NaN."""
+    config = config_of()
+    network = build_network(config)
+    for parameter in network.parameters():
+        parameter.data.fill_(torch.nan)
+    return save_snapshot(folder, new_state(config, network, torch.device("cpu")), config)
+
+
 def unet(seed: int = 0, **changes: Any) -> UNet2DModel:
     """For images of 8 x 8, grey unless changed."""
     settings: dict[str, Any] = {

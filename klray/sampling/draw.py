@@ -17,6 +17,7 @@ from klray.config import Sampling, override
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
 from klray.data.sources import to_uint8
+from klray.errors import RunError
 from klray.parallel.cuda_graph import CudaGraph
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, normal
@@ -32,6 +33,7 @@ def image_drawer(
     batch_size: int,
     device: torch.device,
     graph: bool = False,
+    nonfinite: Callable[[str], None] | None = None,
 ) -> Callable[[Sequence[int]], Tensor]:
     """What draws one image for each seed: seeds -> uint8 [len(seeds), C, H, W] on the CPU.
 
@@ -40,12 +42,16 @@ def image_drawer(
 
     Args:
         graph: replay a batch's whole solution as one CUDA graph.
+        nonfinite: is told of images that hold NaN or infinity, which no pixel can show; None: they end the drawing.
+
+    Raises:
+        RunError: by what is returned, for such images.
     """
     places = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
-    def batch() -> Tensor:
-        noise = normal(0, 0, Purpose.SAMPLE, places, shape, torch.float32)
-        return to_uint8(sampler.sample(denoiser, schedule, noise))
+    def batch() -> tuple[Tensor, Tensor]:
+        images = sampler.sample(denoiser, schedule, normal(0, 0, Purpose.SAMPLE, places, shape, torch.float32))
+        return to_uint8(images), images.isfinite().flatten(1).all(1)
 
     run = CudaGraph(batch, lambda why: warnings.warn(f"drawing without a CUDA graph: {why}", stacklevel=2), 1)
     draw_batch = run if graph else batch
@@ -55,7 +61,14 @@ def image_drawer(
         images = []
         for part in batches_of(seeds, batch_size):
             places.copy_(torch.tensor(part + part[:1] * (batch_size - len(part))))
-            images.append(draw_batch()[: len(part)].cpu())
+            drawn, finite = draw_batch()
+            images.append(drawn[: len(part)].cpu())
+            if bad := [seed for seed, good in zip(part, finite.tolist(), strict=False) if not good]:
+                which = f"{len(bad)} of the {len(part)} images of seeds {part[0]} to {part[-1]}"
+                (nonfinite or _refuse)(
+                    f"{which} are not finite, the first of seed {bad[0]}: the network gives NaN or infinity; "
+                    "take an earlier checkpoint, or --amp off"
+                )
         return torch.cat(images) if images else torch.empty(0, *shape, dtype=torch.uint8)
 
     return draw
@@ -71,8 +84,17 @@ def sample_images(
     batch_size: int,
     device: torch.device,
 ) -> Tensor:
-    """``image_drawer`` for once."""
-    return image_drawer(denoiser, schedule, sampler, shape, batch_size=batch_size, device=device)(seeds)
+    """``image_drawer`` for once; of images that are not finite it warns."""
+    how: dict[str, Any] = {"batch_size": batch_size, "device": device}
+    return image_drawer(denoiser, schedule, sampler, shape, nonfinite=_warn, **how)(seeds)
+
+
+def _refuse(what: str) -> None:
+    raise RunError(what)
+
+
+def _warn(what: str) -> None:
+    warnings.warn(what, stacklevel=3)
 
 
 def batches_of(seeds: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from klray.runs.records import history
 from klray.sampling.job import spread
 from klray.training.evaluate_during import FOLDER, SnapshotEvaluator, new_scores
 from tests.commands.test_commands import TINY
+from tests.models import broken_model
 
 SMALL = ["--num-samples", "40", "--batch-size", "40", "--metrics", "kid", "--features", "efficientnet_lite0"]
 SMALL += ["--reference-images", "60", "--tracking-uri", "off"]
@@ -139,6 +140,15 @@ def test_blocks_of_seeds_are_averaged(model: Path, tmp_path: Path) -> None:
     assert values[0] != values[1]
     assert both["kid"] == pytest.approx(np.mean(values), rel=1e-12)
     assert both["kid_sd"] == pytest.approx(np.std(values, ddof=1), rel=1e-9)
+
+
+def test_images_that_are_not_finite_are_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(broken_model(tmp_path / "broken"), *SMALL, "--data", "digits", "--out", "out") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(
+        "klray.evaluate: failed: 40 of the 40 images of seeds 0 to 39 are not finite, the first of "
+    )
+    assert not list(Path("out").glob("*/cells/*/result.json"))
 
 
 def test_a_grid_is_known_by_its_points_not_its_file(model: Path) -> None:

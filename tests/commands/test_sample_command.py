@@ -18,7 +18,7 @@ from PIL import Image
 from klray import sample, train
 from klray.core.schedule import VPLinear
 from klray.core.timesteps import TIMESTEPS
-from tests.models import klray_model, unet
+from tests.models import broken_model, klray_model, unet
 
 TINY = [
     "process.beta_max=1.0",  # weak noise: after four steps of training, images are not black and white yet
@@ -266,6 +266,18 @@ def test_what_is_no_checkpoint_is_refused(trained: Path, tmp_path: Path, capsys:
         (str(torn), f"{weights} is altered or torn (its sha256 differs)"),
     ):
         assert message in refused(checkpoint, capsys=capsys)
+
+
+def test_images_that_are_not_finite_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would be black; nothing is written."""
+    broken = broken_model(tmp_path / "broken")
+    before = sorted(Path().rglob("*"))
+    assert run(broken, "--seeds", "3-8", "--out", "a.png", "--out", "b") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(
+        "klray.sample: failed: 4 of the 4 images of seeds 3 to 6 are not finite, the first of seed 3: the network gives"
+    )
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_a_run_that_mlflow_does_not_know_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,9 +16,10 @@ from klray.core.process import SingleTerm
 from klray.core.schedule import Schedule, VPLinear
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
+from klray.errors import RunError
 from klray.networks.mlp import MLP
 from klray.networks.terms import TermNetwork
-from klray.sampling.draw import image_grid, sample_images
+from klray.sampling.draw import image_drawer, image_grid, sample_images
 
 DATA_STD = 0.5
 
@@ -140,6 +143,33 @@ def test_the_network_always_sees_the_full_batch_size() -> None:
     assert images.shape == (6, 1, 8, 8)
     assert rows == [4] * 6
     assert sample_images(denoiser, denoiser.process, sampler, [], (1, 8, 8), **how).shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_are_named(wrong: float) -> None:
+    """Of five seeds two in the first batch and one in the second, whose padding does not count; previews go on."""
+    bad = iter([[0, 3], [0]])
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        x0_hat = torch.zeros_like(x)
+        x0_hat[next(bad)] = wrong
+        return x0_hat
+
+    sampler, device = build_sampler(Sampling(num_steps=1)), torch.device("cpu")
+    draw = image_drawer(denoiser, VPLinear(), sampler, (1, 8, 8), batch_size=4, device=device)
+    with pytest.raises(RunError, match="2 of the 4 images of seeds 5 to 8 are not finite, the first of seed 5"):
+        draw(range(5, 10))
+    with pytest.raises(RunError, match="1 of the 1 images of seeds 9 to 9 are not finite, the first of seed 9"):
+        draw([9])
+    bad = iter([[0, 3], [0]])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        images = sample_images(denoiser, VPLinear(), sampler, range(5, 10), (1, 8, 8), batch_size=4, device=device)
+    assert images.shape == (5, 1, 8, 8)
+    assert [str(each.message).partition(",")[0] for each in caught] == [
+        "2 of the 4 images of seeds 5 to 8 are not finite",
+        "1 of the 1 images of seeds 9 to 9 are not finite",
+    ]
 
 
 def test_image_grid_enlarges_small_images_and_is_about_square() -> None:
