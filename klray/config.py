@@ -8,10 +8,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from klray.errors import UserError
 
@@ -158,11 +158,16 @@ class Checkpoint(_Section):
     keep: PositiveInt = 2
 
 
+def _lower(name: str) -> str:
+    """Names of klray's own are in lower case; an entry of the user's, module:attribute, or a file is not."""
+    return name if ":" in name or "/" in name or "." in name else name.lower()
+
+
 class Sampling(_Section):
-    solver: str = "ddim"
+    solver: Annotated[str, AfterValidator(_lower)] = "ddim"
     num_steps: PositiveInt = 20
     nfe: PositiveInt | None = None  # instead of num_steps: score evaluations an image, spent as the solver does
-    timesteps: str = "logsnr"
+    timesteps: Annotated[str, AfterValidator(_lower)] = "logsnr"
     options: dict[str, bool | str] = {}  # of the solver: variant, third_order, lower_order_final, convert_with
     final: Literal["denoise", "keep"] = "denoise"  # of the noise that is left at the end of the grid
     clip_x0: bool = True

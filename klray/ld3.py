@@ -22,7 +22,9 @@ def parse(argv: list[str] | None) -> Namespace:
     """The command line."""
     parser = Parser(prog="klray.ld3", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="DIR|RUN_ID", help="as for klray.sample")
-    parser.add_argument("--solvers", nargs="+", default=["dpm_solver_pp_3m", "unipc_3", "ipndm_3"], metavar="SOLVER")
+    parser.add_argument(
+        "--solvers", nargs="+", type=str.lower, default=["dpm_solver_pp_3m", "unipc_3", "ipndm_3"], metavar="SOLVER"
+    )
     parser.add_argument("--nfe", nargs="+", type=int, default=[4, 6, 8, 10], help="score evaluations an image")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the solvers; repeatable")
     parser.add_argument("--clip-x0", choices=("yes", "no"), help="clamp x0 to [-1, 1] (default: the model's)")

@@ -23,6 +23,7 @@ from klray.tracking.state import load_state
 from klray.training.cost import cost_of
 from klray.training.evaluate_during import new_scores
 from klray.training.loop import train
+from klray.training.utilisation import utilisation
 
 
 def train_and_record(
@@ -40,13 +41,14 @@ def train_and_record(
     ``on_metrics`` is called on every rank with every set of metrics, the same everywhere.
     """
     mesh = Mesh.create(*mesh_shape, device.type)
+    cost = cost_of(config, build_network(config))
     with ExitStack() as stack:
         turn = Turn(run_dir) if mesh.rank == 0 else None
         writer = stack.enter_context(RecordWriter(run_dir)) if mesh.rank == 0 else None
         if writer is not None:
             writer.status("RUNNING")
             writer.params(config.flat() | {"mesh.data": mesh.data_size, "mesh.basis": mesh.basis_size})
-            writer.params(cost_of(config, build_network(config)))
+            writer.params(cost)
             writer.tags(provenance)
             if (run_dir / "run.json").exists():
                 writer.artifact(run_dir / "run.json")  # the resolved configuration
@@ -54,7 +56,11 @@ def train_and_record(
         scored: set[Path] = set()
 
         def report(progress: Progress, metrics: dict[str, float], images: dict[str, np.ndarray]) -> None:
-            metrics = {**metrics, "budget_used": budget_used(config, progress)} if metrics else {}
+            if metrics:
+                metrics = {**metrics, "budget_used": budget_used(config, progress)}
+            if "perf/network_evals_per_s" in metrics:
+                rate = metrics["perf/network_evals_per_s"]
+                metrics |= utilisation(rate, cost["cost.flops_per_eval"], mesh.size, device)
             if turn is not None:
                 turn.check()  # also before each checkpoint: a report goes before it
             if writer is not None:

@@ -301,3 +301,10 @@ def test_sampling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         error = capsys.readouterr().err
         assert message in error
         assert len(error.strip().splitlines()) == 1
+
+
+def test_names_of_solvers_and_grids_may_be_written_in_capitals() -> None:
+    settings = load_config("digits", ["sampling.solver=DDIM", "sampling.timesteps=LogSNR"]).sampling
+    assert (settings.solver, settings.timesteps) == ("ddim", "logsnr")
+    own = load_config("digits", ["sampling.timesteps=Grids/My.json"]).sampling
+    assert own.timesteps == "Grids/My.json"
