@@ -47,6 +47,8 @@ def _tune(args: Namespace) -> int:
     space = load_space(args.space, args.set)
     _check(space, args)
     name = args.name or f"{args.space.stem}-{space.fingerprint()[:8]}"
+    for note in space.notes:
+        print(f"note: {note}", flush=True)
     if args.dry_run:
         return _dry_run(space, name)
     return _run(args, space, name)

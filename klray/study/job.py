@@ -140,7 +140,7 @@ class _Watcher(tune.Callback):
         self._watch("started", trial.config["number"], trial.config)
 
     def on_trial_recover(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
-        self._watch("recovered", trial.config["number"], {ERROR: _last_line(trial)})
+        self._watch("recovered", trial.config["number"], {ERROR: _last_line(trial).partition(". ")[0]})
 
     def on_trial_result(
         self, iteration: int, trials: Sequence[Any], trial: Any, result: Mapping[str, Any], **info: Any

@@ -93,6 +93,7 @@ def train_command(space: Space, row: TrialRow) -> str:
     """A trial's setting as a command that trains it again, with its budget to be raised."""
     config = space.config(row.chosen, row.repeat * space.seeds)
     changes = {**space.fixed, **row.chosen, "budget.unit": config.budget.unit, "budget.amount": config.budget.amount}
+    changes |= {key: config.flat()[key] for key in space.scaled}
     changes |= {"seed": config.seed} if config.seed else {}
     parts = ["python -m klray.train", f"--config {shlex.quote(space.config_name)}"]
     parts += [f"--set {shlex.quote(f'{key}={_yaml(value)}')}" for key, value in changes.items()]

@@ -541,3 +541,43 @@ def test_a_value_that_an_expression_cannot_have(text: str, message: str) -> None
     with pytest.raises(ExpressionError) as caught:
         Expression.read(text).value(VALUES)
     assert message in str(caught.value)
+
+
+# Budgets that are too small for the preset's warm-up and looks
+
+
+def small(tmp_path: Path, **changes: Any) -> Space:
+    tree = {"config": "digits", "parameters": {TERMS: {"type": "categorical", "choices": [0, 8]}}, **changes}
+    return load_space(write(tmp_path, {"budget": {"unit": "network_evals", "amount": 80000}, **tree}))
+
+
+def test_warm_up_and_looks_fit_a_small_budget(tmp_path: Path) -> None:
+    """As tune_spaces/M.yaml has them: shares of each trial's own images."""
+    space = small(tmp_path)
+    for terms, images in ((0, 80000), (8, 10000)):
+        config = space.config({TERMS: terms})
+        assert (config.optimizer.warmup_images, config.validation.every_images) == (images // 25, images // 5)
+    assert len(space.notes) == 2
+    assert "buys the shortest trial 10,000 images, 3,200 of them to warm up; so each trial takes 1/25" in space.notes[0]
+    assert space.fingerprint() != small(tmp_path, budget={"unit": "network_evals", "amount": 1e6}).fingerprint()
+
+
+def test_what_the_space_says_of_warm_up_and_looks_holds(tmp_path: Path) -> None:
+    said = {"optimizer.warmup_images": 9000, "validation.every_images": 16000}
+    space = small(tmp_path, set=said)
+    assert space.config({TERMS: 8}).optimizer.warmup_images == 9000
+    assert space.scaled == ()
+    assert len(space.notes) == 2
+    assert all("as the space says" in note for note in space.notes)
+
+
+@pytest.mark.parametrize("budget", [{"unit": "images", "amount": 64000}, {"unit": "seconds", "amount": 10}])
+def test_a_budget_that_is_large_enough_changes_nothing(budget: dict[str, Any], tmp_path: Path) -> None:
+    space = small(tmp_path, budget=budget)
+    assert (space.scaled, space.notes) == ((), ())
+    assert space.config({TERMS: 8}).optimizer.warmup_images == 3200
+
+
+def test_the_shipped_study_of_m_needs_no_scaling() -> None:
+    (file,) = [path for path in SHIPPED if path.name == "M.yaml"]
+    assert load_space(file).notes == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from klray.config import ConfigError, flatten, load_config, nearest, parse_override, read_yaml
+from klray.config import Config, ConfigError, flatten, load_config, nearest, parse_override, read_yaml
 from klray.study.space.keys import check_keys, with_changes
 from klray.study.space.parts import (
     TYPES,
@@ -26,9 +27,11 @@ from klray.study.space.parts import (
     StudyBudget,
     names_of,
 )
-from klray.study.space.space import Space, in_words
+from klray.study.space.space import SHARES, Space, in_words, trial_images
 
 _MOST_COUNTED = 10_000
+_MOST_WARMUP = 5  # the part of a trial's images that may go into its warm-up, 1/5
+_LEAST_LOOKS = 3
 _FIELDS = {name for model in (FloatParameter, IntParameter, Categorical, Derived) for name in model.model_fields}
 AnyPart = TypeVar("AnyPart", bound=Part)
 
@@ -49,7 +52,7 @@ def load_space(path: Path, overrides: Iterable[str] = ()) -> Space:
         space = _space(path, tree)
         _check_references(space)
         _check_study(space)
-        _check_corners(space)
+        space = _fitted(space)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return space
@@ -195,10 +198,30 @@ def _check_study(space: Space) -> None:
             raise ConfigError(f"sampler grid has {number} combinations, got trials: {space.trials}; raise trials")
 
 
-def _check_corners(space: Space) -> None:
-    """Every setting at the edges of the space makes a configuration."""
+def _fitted(space: Space) -> Space:
+    """The space, scaled to its budget; every setting at its edges makes a configuration."""
+    shortest: tuple[int, Config] | None = None
     for setting in space.corners():
         try:
-            space.config(setting)
+            config = space.config(setting)
         except ConfigError as error:
             raise ConfigError(f"{in_words(setting)}: {error}; bound the parameters by low, high, when") from error
+        images = trial_images(config)
+        if images is not None and (shortest is None or images < shortest[0]):
+            shortest = images, config
+    if shortest is None:
+        return space
+    images, config = shortest
+    warmup, every = config.optimizer.warmup_images, config.validation.every_images
+    unfit = {
+        "optimizer.warmup_images": f"{warmup:,} of them to warm up" if warmup * _MOST_WARMUP > images else "",
+        "validation.every_images": f"a look each {every:,}" if images < _LEAST_LOOKS * every else "",
+    }
+    scaled, notes = [], []
+    for key, what in unfit.items():
+        if what:
+            told = key in space.fixed or key in space.parameters
+            way = "as the space says" if told else f"so each trial takes 1/{SHARES[key]} of its images for {key}"
+            notes.append(f"the budget is small: it buys the shortest trial {images:,} images, {what}; {way}")
+            scaled += [] if told else [key]
+    return replace(space, scaled=tuple(scaled), notes=tuple(notes))

@@ -34,6 +34,9 @@ _NOT_COMPARED = ("question", "config", "set", "trials", "concurrency")  # config
 _HIDDEN = ("validation.", "tracking.", "checkpoint.", "optimizer.warmup_images")
 _MOST_SUGGESTED = 1000  # up to where values are looked for that would make a derived value whole
 
+# What a trial's images are divided by for its warm-up, and to be looked at five times.
+SHARES = {"optimizer.warmup_images": 25, "validation.every_images": 5}
+
 Pick = Callable[[str, Domain], Iterable[Any]]
 
 
@@ -55,6 +58,8 @@ class Space:
 
     ``base``: the file's config with ``fixed`` (the file's ``set``) and the budget. What a trial does not choose is
     taken from it. Rules between keys (K <= M) hold for every trial's configuration, not necessarily for ``base``.
+    ``scaled``: keys of ``SHARES`` that each trial takes from its own number of images, as the base's are made for a
+    larger budget; ``notes``: a line on each key that does not fit the budget.
     """
 
     path: Path
@@ -71,6 +76,8 @@ class Space:
     seed: int
     concurrency: int | None
     base: Config
+    scaled: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def suggest(self, trial: Trial) -> dict[str, Any]:
         """One setting, drawn parameter by parameter: dotted keys to values, chosen and derived.
@@ -91,7 +98,11 @@ class Space:
         Raises:
             ConfigError: where the setting breaks a rule.
         """
-        return override(self._tree, [*chosen.items(), ("seed", self.seed + seed)])
+        config = override(self._tree, [*chosen.items(), ("seed", self.seed + seed)])
+        images = trial_images(config)
+        if not self.scaled or images is None:
+            return config
+        return override(config.model_dump(mode="json"), [(key, max(1, images // SHARES[key])) for key in self.scaled])
 
     @property
     def shown(self) -> list[str]:
@@ -152,7 +163,9 @@ class Space:
             "seeds": self.seeds,
             "concurrency": self.concurrency,
             "base": base,
-            **({"seed": self.seed} if self.seed else {}),  # of which spaces of version 0.1 say nothing
+            # Of these spaces of version 0.1 say nothing.
+            **({"seed": self.seed} if self.seed else {}),
+            **({"scaled": list(self.scaled)} if self.scaled else {}),
         }
 
     def fingerprint(self) -> str:
@@ -210,6 +223,12 @@ class Space:
             used = {key: chosen[key] for key in names_of(parameter) if key in chosen}
             where = f" with {in_words(used)}" if used else ""
             raise ConfigError(f"parameters.{name}: {error}{where}") from error
+
+
+def trial_images(config: Config) -> int | None:
+    """How many images a run's budget buys; None where it is in seconds."""
+    per_image = {"images": 1, "network_evals": config.evals_per_image}.get(config.budget.unit)
+    return None if per_image is None else int(config.budget.amount / per_image)
 
 
 def in_words(setting: Mapping[str, Any]) -> str:
