@@ -175,7 +175,7 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
             print(f"{len(arms)} arms x ({args.rates} learning rates + {args.seeds} seeds) = {runs} runs, or some more")
             progress = ComparisonProgress(runs, lambda line: print(line, flush=True))
             details = {"experiment": name, "tracking_uri": uri}
-            job = ComparisonJob(folder / "trials", SharedImages.of(data), args.workers, details, progress)
+            job = ComparisonJob(folder, SharedImages.of(data), args.workers, details, progress)
             results, failures = job.run(arms, seeds=args.seeds, rates=args.rates, factor=args.rate_factor)
             text = report(results, args.quality)
             for path in write_files(results, text, folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from klray.runs.records import history
 from klray.runs.run_dir import open_run
 from klray.training.job import SharedImages, runs_at_once, train_in_worker
 
+TRIALS = "trials"
 FINISHED, DIVERGED = "finished", "diverged"
 # (a run's name, what became of it: "running", FINISHED, DIVERGED or an error's line; its latest metrics)
 Watch = Callable[[str, str, Mapping[str, float]], None]
@@ -30,7 +32,8 @@ Watch = Callable[[str, str, Mapping[str, float]], None]
 class ComparisonJob:
     """Where and how a comparison's runs are trained.
 
-    ``folder``: holds the runs' folders. ``workers``: of one run. ``details``: kept in every run's run.json.
+    ``folder``: of the comparison; TRIALS in it holds the runs' folders. ``workers``: of one run. ``details``: kept in
+    every run's run.json.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class ComparisonJob:
         Raises:
             WorkersError: where not even one run's workers fit.
         """
+        share = self._cpus_per_worker(len(arms) * max(rates, seeds), next(iter(arms.values())).budget.unit)
         failures: dict[str, str] = {}
         tried: dict[Arm, dict[float, float]] = {arm: {} for arm in arms}
         due = {arm: ladder(config.optimizer.lr, rates, factor) for arm, config in arms.items()}
@@ -62,10 +66,10 @@ class ComparisonJob:
             runs = {
                 (arm, rate): planned(arm, arms[arm], rate, "tuning", TUNING_SEED) for arm in arms for rate in due[arm]
             }
-            outcomes = self.train(list(runs.values()))
+            outcomes = self.train(list(runs.values()), share)
             for (arm, rate), run in runs.items():
                 whole = outcomes[run.name] == FINISHED
-                tried[arm][rate] = final_error(history(self.folder / run.name) if whole else None)
+                tried[arm][rate] = final_error(history(self.folder / TRIALS / run.name) if whole else None)
             failures |= _failures(outcomes)
             further = {arm: longer(tried[arm], factor, rates) for arm in arms}
             due = {arm: [] if rate is None else [rate] for arm, rate in further.items()}
@@ -74,15 +78,20 @@ class ComparisonJob:
             arm: [planned(arm, config, config.optimizer.lr, "result", seed) for seed in range(seeds)]
             for arm, config in best.items()
         }
-        outcomes = self.train([run for runs_of_arm in by_arm.values() for run in runs_of_arm])
+        outcomes = self.train([run for runs_of_arm in by_arm.values() for run in runs_of_arm], share)
         results = []
         for arm, runs_of_arm in by_arm.items():
-            whole_runs = [history(self.folder / run.name) for run in runs_of_arm if outcomes[run.name] == FINISHED]
+            whole_runs = [
+                history(self.folder / TRIALS / run.name) for run in runs_of_arm if outcomes[run.name] == FINISHED
+            ]
             results.append(arm_result(arm, best[arm], tried[arm], whole_runs, lost=seeds - len(whole_runs)))
         return results, failures | _failures(outcomes)
 
-    def train(self, runs: Sequence[PlannedRun]) -> dict[str, str]:
+    def train(self, runs: Sequence[PlannedRun], share: float) -> dict[str, str]:
         """Trains what is missing, as many runs at once as have their workers; a dead worker's run goes on elsewhere.
+
+        Args:
+            share: CPUs of a worker.
 
         Returns:
             FINISHED, DIVERGED or an error's line for each run's name.
@@ -90,21 +99,22 @@ class ComparisonJob:
         outcomes = {run.name: FINISHED for run in runs}
         missing = []
         for run in runs:
-            with open_run(self.folder, run.name, run.config, self.details) as run_dir:
+            with open_run(self.folder / TRIALS, run.name, run.config, self.details) as run_dir:
                 if not finished(run.config, run_dir, warn=lambda text: None):
                     missing.append(run)
         if not missing:
             return outcomes
         at_once = min(runs_at_once(self.workers, runs[0].config.budget.unit), len(missing))
-        share = cpu_share(at_once * self.workers)
+        while at_once > 1 and cpu_share(at_once * self.workers) < share:
+            at_once -= 1
         jobs = run_jobs(
             _prepare,
-            (self.folder, self.images, max(1, int(share))),
+            (self.folder / TRIALS, self.images, max(1, int(share))),
             missing,
             workers=at_once * self.workers,
             group_size=self.workers,
             gpus_per_worker=1 if cluster_size()[1] else None,
-            cpus_per_worker=share,
+            cpus_per_worker=min(share, cpu_share(at_once * self.workers)),
             on_report=lambda index, metrics: self.watch(missing[index].name, "running", metrics),
         )
         for outcome in jobs:
@@ -112,6 +122,20 @@ class ComparisonJob:
             outcomes[name] = outcome.error or outcome.value
             self.watch(name, outcomes[name], {})
         return outcomes
+
+    def _cpus_per_worker(self, runs: int, unit: str) -> float:
+        """The same for all runs of a comparison, and kept: sums and seconds depend on the number of threads.
+
+        Args:
+            runs: that may be trained at once, if the cluster holds so many.
+        """
+        file = self.folder / "cpus_per_worker.json"
+        if not file.exists():
+            share = cpu_share(min(runs_at_once(self.workers, unit), runs) * self.workers)
+            aside = file.with_suffix(".tmp")
+            aside.write_text(json.dumps(share))
+            aside.rename(file)
+        return float(json.loads(file.read_text()))
 
 
 def _failures(outcomes: Mapping[str, str]) -> dict[str, str]:
