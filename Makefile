@@ -1,12 +1,13 @@
-# make demo: a first study; make test: lint, types and the suite; make test-fast: without Ray and servers;
-# make test-cluster: ray up for real; make test-faults: what befalls such a cluster; make wheel: what cluster.yaml installs.
+# make demo: a first study; make test: lint, types and the tests that a change needs; make test-fast: without Ray and
+# servers; make test-all: every test that CI runs; make test-cluster: ray up for real; make test-faults: what befalls such
+# a cluster; make wheel: what cluster.yaml installs.
 # PYTHON names the interpreter (3.11 or newer) that the virtual environment is made with.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo wheel test test-fast test-cluster test-faults lint clean
+.PHONY: demo wheel test test-fast test-all test-cluster test-faults lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,8 +30,13 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Of the slow tests one for each mechanism: a killed worker, a pruned study, a pool, MLflow.
 test: test-fast
-	$(PYTEST) -q -m "slow and not cluster and not faults" --durations=15
+	$(PYTEST) -q -m essential --durations=5
+
+test-all: test-fast
+	$(PYTEST) -q -m "slow and not cluster and not faults" --durations=25
+	$(MAKE) test-cluster
 
 test-fast: lint
 	$(PYTEST) -q -m "not slow" -n logical --dist worksteal

@@ -85,6 +85,7 @@ def faulty(place: Place, folder: Path) -> Work:
     return work
 
 
+@pytest.mark.essential
 def test_what_fails_is_done_again_and_then_reported(tmp_path: Path) -> None:
     jobs = ["kill once", "fine", "raise", "raise once", "kill", "klray's", "fine too"]
     outcomes = by_index(run_jobs(faulty, tmp_path, jobs, workers=2))

@@ -61,6 +61,7 @@ def trained(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return run_dir, str(state.run_id)
 
 
+@pytest.mark.essential
 def test_mlflow_holds_the_whole_run(trained: tuple[Path, str], server: Server) -> None:
     from mlflow import MlflowClient
 

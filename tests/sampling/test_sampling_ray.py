@@ -45,6 +45,7 @@ def run(checkpoint: Path, *argv: str) -> None:
     assert sample.main(["--checkpoint", str(checkpoint), *how, *argv]) == 0
 
 
+@pytest.mark.essential
 def test_two_workers_give_the_same_files(checkpoint: Path, alone: Path) -> None:
     run(checkpoint, "--workers", "2", "--out", "images")
     names = [f"{seed:08d}.png" for seed in range(5, 15)]

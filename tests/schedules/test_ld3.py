@@ -137,6 +137,7 @@ def test_a_pool(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert table.count(" learned ") == 4
 
 
+@pytest.mark.essential
 def test_a_killed_workers_job_is_done_again(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """kill -9 of one that is learning: each job finishes, and none twice."""
     killed: list[int] = []

@@ -112,6 +112,7 @@ def other_cluster() -> Iterator[None]:
         other.stdin.write("\n")
 
 
+@pytest.mark.essential
 @pytest.mark.usefixtures("other_cluster")
 def test_bad_settings_are_pruned_and_free_their_workers(tmp_path: Path) -> None:
     """Beside another cluster, where Ray's own helper that frees them finds two; a trial waits for each one's places."""

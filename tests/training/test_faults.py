@@ -86,7 +86,7 @@ def in_background(task: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("workers", MESHES)
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.essential), 3])
 def test_a_worker_killed_between_checkpoints(
     workers: int, uninterrupted: Callable[[int], dict[str, bytes]], tmp_path: Path
 ) -> None:
