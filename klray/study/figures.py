@@ -25,12 +25,14 @@ def draw_figures(space: Space, folder: Path, rows: Sequence[TrialRow]) -> list[P
     study = open_study(space, folder)
     plots = optuna.visualization.matplotlib
     several = len(space.objectives) > 1
-    first: dict[str, Any] = {"target": lambda trial: trial.values[0], "target_name": space.objectives[0].metric}
+    first: dict[str, Any] = {"target_name": space.objectives[0].metric}
+    if several:
+        first["target"] = lambda trial: trial.values[0]
     drawings: dict[str, Callable[[], Any]] = {
-        "history": lambda: plots.plot_optimization_history(study, **(first if several else {})),
-        "importance": lambda: plots.plot_param_importances(study, **(first if several else {})),
-        "slices": lambda: plots.plot_slice(study, **(first if several else {})),
-        "parallel_coordinates": lambda: plots.plot_parallel_coordinate(study, **(first if several else {})),
+        "history": lambda: plots.plot_optimization_history(study, **first),
+        "importance": lambda: plots.plot_param_importances(study, **first),
+        "slices": lambda: plots.plot_slice(study, **first),
+        "parallel_coordinates": lambda: plots.plot_parallel_coordinate(study, **first),
     }
     if several:
         names = [objective.metric for objective in space.objectives]

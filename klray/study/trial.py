@@ -24,6 +24,7 @@ from klray.runs.run_dir import open_run
 from klray.study.scores import score_run
 from klray.study.search import ERROR, FINISHED, PERCENT, trial_name
 from klray.study.space import Objective, Space
+from klray.tracking.state import TITLE_TAG
 from klray.training.initialise import checked_start
 from klray.training.job import DivergedError, SharedImages, run_on_ray, train_in_worker
 
@@ -77,15 +78,16 @@ def _measure(plan: Plan, number: int, chosen: dict[str, Any], repeat: int) -> li
         name = trial_name(space, number, seed)
         with open_run(plan.folder / "trials", name, run_config, plan.details) as run_dir:
             whole = finished(run_config, run_dir, warn=lambda text: None)
-            whole = whole or _train(plan, run_config, name, run_dir, first=seed == 0)
+            title = space.title(chosen) + (f" seed={run_config.seed}" if space.seeds > 1 or repeat else "")
+            whole = whole or _train(plan, run_config, name, title, run_dir, first=seed == 0)
             worth = [objective_value(o, run_config, run_dir, plan) if whole else math.nan for o in space.objectives]
             values.append(worth)
     return values
 
 
-def _train(plan: Plan, config: Config, name: str, run_dir: Path, *, first: bool) -> bool:
+def _train(plan: Plan, config: Config, name: str, title: str, run_dir: Path, *, first: bool) -> bool:
     """Trains one seed; False where it diverged. Only the first seed's course is shown to the scheduler."""
-    provenance = {**provenance_of(config, name, run_dir), "klray.kind": "trial"}
+    provenance = {**provenance_of(config, name, run_dir), "klray.kind": "trial", TITLE_TAG: title}
     mesh_shape = resolve_mesh(
         plan.workers,
         data=config.mesh.data,

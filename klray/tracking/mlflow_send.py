@@ -10,7 +10,7 @@ from typing import Any
 
 from klray.runs.records import RECORDS_FILE, read_records
 from klray.tracking.mlflow_client import brief, experiment_id, open_client
-from klray.tracking.state import TrackingError, UploadState, load_state
+from klray.tracking.state import TITLE_TAG, TrackingError, UploadState, load_state
 
 logger = logging.getLogger("klray.tracking")
 
@@ -98,6 +98,8 @@ class Sender:
         count, end = 0, self.state.offset
         for record, end in read_records(self.run_dir, self.state.offset):
             is_status = record["kind"] == "status"
+            if record["kind"] == "tags" and TITLE_TAG in record["values"]:
+                self._client.update_run(self.state.run_id, name=str(record["values"][TITLE_TAG]))
             new = _entities(record)
             items += new
             count += bool(new) or is_status

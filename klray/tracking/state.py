@@ -12,6 +12,7 @@ from pathlib import Path
 from klray.errors import UserError
 
 STATE_FILE = "mlflow.json"
+TITLE_TAG = "klray.title"  # how MLflow shows a run, where its folder's name says less
 
 
 class TrackingError(UserError):

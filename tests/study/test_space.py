@@ -581,3 +581,15 @@ def test_a_budget_that_is_large_enough_changes_nothing(budget: dict[str, Any], t
 def test_the_shipped_study_of_m_needs_no_scaling() -> None:
     (file,) = [path for path in SHIPPED if path.name == "M.yaml"]
     assert load_space(file).notes == ()
+
+
+def test_a_setting_s_title_is_what_varies(tmp_path: Path) -> None:
+    parameters = {
+        "process.num_terms": {"type": "categorical", "choices": [2, 4]},
+        "loss.partial_terms": {"type": "categorical", "choices": [1, 2]},
+        "optimizer.lr": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True},
+    }
+    tree = {"config": "digits", "budget": SPACE["budget"], "parameters": parameters, "sampler": "random", "trials": 2}
+    space = load_space(write(tmp_path, tree))
+    chosen = {"process.num_terms": 4, "loss.partial_terms": 2, "optimizer.lr": 0.008}
+    assert space.title(chosen) == "M=4 K=2 lr=0.008"

@@ -78,7 +78,8 @@ def test_a_study_with_a_failing_trial(tmp_path: Path, capsys: pytest.CaptureFixt
     runs = client.search_runs([experiment.experiment_id])
     (study,) = [run for run in runs if run.data.tags.get("klray.kind") == "study"]
     nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == study.info.run_id]
-    assert {run.info.run_name for run in nested} >= {f"{int(row['trial']):04d}-seed0" for row in complete}
+    titles = {f"M={row['process.num_terms']} seed=0" for row in complete}
+    assert {run.info.run_name for run in nested} >= titles
     assert {run.data.params["process.num_terms"] for run in nested} == {"2", "4"}
     assert "results.csv" in [artifact.path for artifact in client.list_artifacts(study.info.run_id)]
 

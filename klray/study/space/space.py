@@ -32,6 +32,7 @@ MOST_CORNERS = 4096
 _MOST_VALUES = 64  # tried of a stepped parameter that others refer to; of another one its ends and middle
 _NOT_COMPARED = ("question", "config", "set", "trials", "concurrency")  # config and set show in base
 _HIDDEN = ("validation.", "tracking.", "checkpoint.", "optimizer.warmup_images")
+_SHORT = {"process.num_terms": "M", "loss.partial_terms": "K"}  # the field's own letters
 _MOST_SUGGESTED = 1000  # up to where values are looked for that would make a derived value whole
 
 # What a trial's images are divided by for its warm-up, and to be looked at five times.
@@ -108,6 +109,11 @@ class Space:
     def shown(self) -> list[str]:
         """The parameters that tables show: all but those that only say when to look, or how long to warm up."""
         return [key for key in self.parameters if not key.startswith(_HIDDEN)]
+
+    def title(self, chosen: Mapping[str, Any]) -> str:
+        """A setting by what varies: ``M=4 K=2 lr=0.008``."""
+        varied = [(_SHORT.get(key, key.rpartition(".")[2]), chosen[key]) for key in self.shown if key in chosen]
+        return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in varied)
 
     def grid(self) -> list[dict[str, Any]]:
         """Every setting once.
