@@ -8,8 +8,8 @@ from pathlib import Path
 from klray.cli import Parser, run_command
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Sends what MLflow does not have yet; 0 when all of it is there, 2 with one line on stderr when not."""
+def parse(argv: list[str] | None) -> Namespace:
+    """The command line."""
     parser = Parser(
         prog="klray.upload",
         description="Sends a run's records to MLflow: everything that is not there yet, each point once.",
@@ -20,7 +20,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar="URI",
         help="where to send it: http://HOST:PORT or sqlite:///PATH/mlflow.db (default: the run's own)",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sends what MLflow does not have yet; 0 when all of it is there, 2 with one line on stderr when not."""
+    args = parse(argv)
     return run_command("klray.upload", lambda: _upload(args))
 
 
