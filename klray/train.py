@@ -231,12 +231,15 @@ def _in_process(
 
     from klray.training.recorded import train_and_record
 
-    device = torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        cards = torch.cuda.device_count()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % cards)
         torch.cuda.set_device(device)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= cards:  # NCCL refuses two ranks on one GPU
+            backend = "nccl"
     if mesh_shape != (1, 1):
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend)
     try:
         train_and_record(config, data, mesh_shape=mesh_shape, device=device, run_dir=run_dir, provenance=provenance)
     finally:
