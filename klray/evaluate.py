@@ -26,7 +26,9 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument(
         "--num-samples", type=int, default=10_000, metavar="N", help="images of a block (default 10000)"
     )
-    parser.add_argument("--repeats", type=int, default=1, help="blocks of N seeds each; gives mean and deviation")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="blocks of N seeds each, for mean and deviation (default 3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the first image's seed (default 0)")
     parser.add_argument("--metrics", nargs="+", default=["fid", "kid"], help="of fid kid is pr (default fid kid)")
     parser.add_argument("--features", help="inception, efficientnet_lite0 or one of torch-fidelity's extractors")

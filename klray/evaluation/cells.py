@@ -25,6 +25,7 @@ from klray.sampling.draw import Drawing, image_grid
 from klray.sampling.model import Model
 from klray.tracking.state import load_state
 
+FORMAT = 2  # raised where the same settings give other images or scores, which then lie in another folder
 COLUMNS = ("solver", "timesteps", "nfe", "network_evals")
 
 
@@ -111,7 +112,7 @@ def open_evaluation(
         "evaluation.reference_fingerprint": reference.fingerprint,
         "evaluation.clip_x0": model.clip_x0,
     }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps({**about, "format": FORMAT}, sort_keys=True).encode()).hexdigest()[:8]
     state = None if parent is None else load_state(parent)
     return EvaluationRun(
         root.resolve() / f"{yardstick.features.name}-{reference.name}-{yardstick.num_samples}-{digest}",
@@ -185,5 +186,5 @@ def _over_blocks(scores: list[dict[str, float]]) -> dict[str, float]:
     """Means over the blocks, and of more than one their standard deviations as ``<score>_sd``."""
     means = {key: fmean(block[key] for block in scores) for key in scores[0]}
     if len(scores) > 1:
-        means |= {f"{key}_sd": stdev(block[key] for block in scores) for key in scores[0] if not key.endswith("_std")}
+        means |= {f"{key}_sd": stdev(block[key] for block in scores) for key in scores[0]}
     return means

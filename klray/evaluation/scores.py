@@ -49,7 +49,8 @@ def compute(
         moments: of the features, where they were merged from parts; ``fid`` then needs no features.
 
     Returns:
-        fid; kid, kid_std; is, is_std; precision, recall: of the metrics asked for.
+        fid; kid; is; precision, recall: of the metrics asked for. How far they vary, only other images can tell: see
+        ``Yardstick.repeats``.
 
     Raises:
         UserError: for an unknown metric, features of other dimensions than the reference's, one that the sample or
@@ -71,9 +72,9 @@ def compute(
     if "fid" in metrics:
         scores["fid"] = fid(moments, reference.moments)
     if reference.features is not None and "kid" in metrics:
-        scores["kid"], scores["kid_std"] = kid(sample["features"], reference.features)
+        scores["kid"] = kid(sample["features"], reference.features)
     if "is" in metrics:
-        scores["is"], scores["is_std"] = inception_score(sample["logits"])
+        scores["is"] = inception_score(sample["logits"])
     if reference.features is not None and "pr" in metrics:
         scores["precision"], scores["recall"] = precision_recall(sample["features"], reference.features)
     return scores
@@ -93,8 +94,11 @@ def fid(a: Moments, b: Moments) -> float:
 
 def kid(
     features: Tensor, reference: Tensor, *, subsets: int = 100, subset_size: int | None = None, seed: int = 2020
-) -> tuple[float, float]:
-    """Kernel distance (Binkowski et al. 2018), unbiased: mean and standard deviation over random subsets.
+) -> float:
+    """Kernel distance (Binkowski et al. 2018), unbiased: the mean over random subsets.
+
+    Their deviation says nothing of how far KID would vary with other images: subsets of 1000 of 1000 are all the same
+    images, and those of more overlap.
 
     Args:
         features, reference: float32 [n, d] and [m, d]; the kernel is computed in their dtype, as torch-fidelity does.
@@ -110,12 +114,11 @@ def kid(
     options = {"kid_subsets": subsets, "kid_subset_size": size, "rng_seed": seed, "verbose": False}
     from torch_fidelity.metric_kid import kid_features_to_metric  # type: ignore[import-untyped]
 
-    found = kid_features_to_metric(features, reference, **options)
-    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+    return float(kid_features_to_metric(features, reference, **options)["kernel_inception_distance_mean"])
 
 
-def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Inception score (Salimans et al. 2016) of logits [n, k]: mean and standard deviation over splits.
+def inception_score(logits: Tensor, splits: int = 10) -> float:
+    """Inception score (Salimans et al. 2016) of logits [n, k]: the mean over splits.
 
     Raises:
         UserError: for fewer images than splits.
@@ -124,8 +127,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
         raise UserError(f"is splits the images into {splits} parts, got {len(logits)} images; draw more")
     from torch_fidelity.metric_isc import isc_features_to_metric  # type: ignore[import-untyped]
 
-    found = isc_features_to_metric(logits, splits)
-    return found["inception_score_mean"], found["inception_score_std"]
+    return float(isc_features_to_metric(logits, splits)["inception_score_mean"])
 
 
 def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]:

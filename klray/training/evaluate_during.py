@@ -76,7 +76,7 @@ class SnapshotEvaluator:
         command = [sys.executable, "-m", "klray.evaluate", "--checkpoint", str(snapshot)]
         command += ["--num-samples", str(settings.num_samples), "--metrics", *settings.metrics]
         command += ["--reference", settings.reference, "--batch-size", str(settings.batch_size)]
-        command += ["--workers", str(settings.workers), "--out", str(self.run_dir / FOLDER)]
+        command += ["--repeats", "1", "--workers", str(settings.workers), "--out", str(self.run_dir / FOLDER)]
         command += ["--features", settings.features] if settings.features else []
         command += ["--inception-weights", settings.inception_weights] if settings.inception_weights else []
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if settings.device == "cpu" else {})}

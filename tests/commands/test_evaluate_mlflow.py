@@ -44,7 +44,7 @@ def test_kid_on_the_offline_features_tells_models_apart(digits: Path) -> None:
         (result,) = (digits / f"e{images}").glob("*/cells/*/result.json")
         scores.append(json.loads(result.read_text())["scores"])
     for before, after in pairwise(scores):
-        assert after["kid"] < before["kid"] - 3 * max(before["kid_std"], after["kid_std"])
+        assert after["kid"] < before["kid"] - 3 * max(before["kid_sd"], after["kid_sd"])
 
 
 def test_mlflow_holds_the_cells_below_the_training_run(digits: Path) -> None:

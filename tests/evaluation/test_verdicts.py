@@ -12,7 +12,7 @@ from klray.evaluation.verdicts import quality_lines, quality_rows
 
 
 def measured(timesteps: str, kid: float, sd: float | None = None, **changes: Any) -> dict[str, Any]:
-    row = {"solver": "ddim", "timesteps": timesteps, "nfe": 4, "options": {}, "kid": kid, "kid_std": 0.5, "fid": 1.0}
+    row = {"solver": "ddim", "timesteps": timesteps, "nfe": 4, "options": {}, "kid": kid, "fid": 1.0}
     return {**row, **({} if sd is None else {"kid_sd": sd}), **changes}
 
 
