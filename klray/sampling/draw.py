@@ -23,6 +23,8 @@ from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, normal
 from klray.sampling.model import Model, load_model
 
+_ROWS = 512  # of the network at once, where nothing else is asked for: enough to fill a GPU
+
 
 def image_drawer(
     denoiser: Denoiser,
@@ -149,7 +151,7 @@ class Drawing:
             mesh=mesh,
             amp=self.amp,
             channels_last=self.channels_last,
-            term_chunk=self.term_chunk,
+            term_chunk=self.term_chunk or max(1, _ROWS // self.batch_size),
             fused=not self.compile,
         )
         if self.compile:

@@ -1,7 +1,8 @@
-"""Models in diffusers' format that klray did not write: a UNet2DModel, or a DDPM or DDIM pipeline around one."""
+"""Models in diffusers' format that klray did not write: a UNet2DModel of pixels, or a pipeline around one."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from klray.networks.fused_unet import fused_unet
 from klray.networks.half import HalfWeights
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+BETAS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}  # of schedulers that read noise levels there
+AUTOENCODERS = ("vqvae", "vae", "movq")  # beside the network of a latent model
+WEIGHTS = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True)
@@ -79,44 +82,53 @@ class ImportedDenoiser:
 
 def is_imported(folder: Path) -> bool:
     """Whether the folder is laid out as diffusers does."""
-    return (folder / "model_index.json").is_file() or (folder / "config.json").is_file()
+    return any((folder / name).is_file() for name in ("model_index.json", "config.json")) or bool(weight_files(folder))
+
+
+def models_inside(folder: Path) -> list[Path]:
+    """Folders that may be meant where one above them is given, such as a hub's cache or a model's folder in it."""
+    cached = ("snapshots/*", "models--*/snapshots/*")
+    patterns = ["*/model_index.json", *(f"{each}/{name}.json" for each in cached for name in ("model_index", "config"))]
+    return list(dict.fromkeys(file.parent for pattern in patterns for file in sorted(folder.glob(pattern))))
 
 
 def load_imported(folder: Path) -> ImportedModel:
     """Reads a pipeline's folder, or a UNet2DModel's, whose schedule is then that of the pipeline around it, or DDPM's.
+    As in diffusers, parts that have no folder of their own lie beside the pipeline's index.
 
     Raises:
         ValueError: one line, for a model of another kind.
     """
-    if (folder / "model_index.json").is_file():
-        pipeline = _json(folder / "model_index.json").get("_class_name")
-        if pipeline not in PIPELINES:
-            raise ValueError(f"{folder}: the pipeline must be one of {', '.join(PIPELINES)}, got {pipeline}")
     unet_folder = _unet_folder(folder)
+    for place in dict.fromkeys((folder, unet_folder.parent)):
+        _check_pipeline(place)
     network = _network(unet_folder)
     schedulers = [folder / "scheduler", folder, folder.parent / "scheduler"]
     found = [place / "scheduler_config.json" for place in schedulers if (place / "scheduler_config.json").is_file()]
     settings = _json(found[0]) if found else {"_class_name": "DDPMScheduler"}
-    if settings.get("_class_name") not in SCHEDULERS:
-        raise ValueError(
-            f"{found[0]}: the scheduler must be one of {', '.join(SCHEDULERS)}, got {settings.get('_class_name')}"
-        )
-    # The noise levels and the meaning of the output are the model's; which of its schedulers read them is not.
+    # The noise levels and the meaning of the output are the model's; how its scheduler steps is the sampler's.
+    kind = _scheduler(settings.get("_class_name"))
+    if kind is None:
+        rule = "the scheduler must be one whose noise levels are given by betas, as DDPMScheduler or PNDMScheduler"
+        raise ValueError(f"{found[0]}: {rule}, got {settings.get('_class_name')}")
     try:
-        from diffusers import DDPMScheduler
-
-        scheduler = DDPMScheduler.from_config(settings)
+        scheduler = kind.from_config(settings)
         schedule = VPDiscrete(scheduler.alphas_cumprod)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"{found[0]}: {' '.join(str(error).split())[:200]}") from error
-    if scheduler.config.thresholding:
+    if scheduler.config.get("thresholding"):
         raise ValueError(f"{found[0]}: dynamic thresholding is not supported; set thresholding to false")
-    prediction = scheduler.config.prediction_type
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(f"{found[0]}: use_flow_sigmas is another process, which is not supported; give a DDPM's model")
+    prediction = scheduler.config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(f"{folder}: prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
     height, width = _size(unet_folder, network.config.sample_size)
     channels, outputs = network.config.in_channels, network.config.out_channels
-    learned = str(scheduler.config.variance_type).startswith("learned")
+    if channels not in (1, 3):
+        rule = "in_channels must be 1 (grey) or 3 (RGB), a latent model's network draws no images"
+        raise ValueError(f"{unet_folder / 'config.json'}: {rule}, got {channels}")
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
     if outputs != channels * (2 if learned else 1):
         rule = f"{'a learned variance' if learned else 'a fixed variance'} goes with {channels * (2 if learned else 1)}"
         raise ValueError(f"{unet_folder / 'config.json'}: {rule} output channels, got {outputs}")
@@ -124,8 +136,8 @@ def load_imported(folder: Path) -> ImportedModel:
         network=network,
         schedule=schedule,
         prediction=prediction,
-        clip_x0=bool(scheduler.config.clip_sample),
-        clip_range=float(scheduler.config.clip_sample_range),
+        clip_x0=bool(scheduler.config.get("clip_sample")),
+        clip_range=float(scheduler.config.get("clip_sample_range") or 1.0),
         shape=(channels, height, width),
         assumed=None if found else f"{folder} has no scheduler_config.json: DDPM's noise levels and eps are assumed",
     )
@@ -136,12 +148,12 @@ def _network(folder: Path) -> Any:
     if kind != "UNet2DModel":
         raise ValueError(f"{folder / 'config.json'}: the network must be a UNet2DModel, got {kind}")
     if not weight_files(folder):
-        raise ValueError(f"{folder} holds no weights (diffusion_pytorch_model.safetensors)")
+        raise ValueError(f"{folder} holds no weights ({WEIGHTS}.safetensors)")
     try:
         from diffusers import UNet2DModel
 
         network, info = UNet2DModel.from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            folder, variant=_variant(folder), local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
         if info["missing_keys"]:
             raise ValueError(f"the weights lack {info['missing_keys'][0]}")
@@ -161,11 +173,38 @@ def _json(file: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the network's weights."""
-    return sorted(_unet_folder(folder).glob("diffusion_pytorch_model*"))
+    return sorted(_unet_folder(folder).glob(f"{WEIGHTS}*"))
+
+
+def _variant(folder: Path) -> str | None:
+    """fp16 of a folder that holds WEIGHTS.fp16.safetensors or .bin alone; None where there are plain weights."""
+    names = [file.name.removeprefix(WEIGHTS) for file in folder.glob(f"{WEIGHTS}*")]
+    variants = [name.split(".")[1] for name in names if name.count(".") == 2 and not name.endswith(".json")]
+    return variants[0] if len(variants) == len(names) else None
 
 
 def _unet_folder(folder: Path) -> Path:
-    return folder / "unet" if (folder / "model_index.json").is_file() else folder
+    whole, flat = (folder / "model_index.json").is_file(), (folder / "config.json").is_file()
+    return folder / "unet" if whole and ((folder / "unet").is_dir() or not flat) else folder
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Refuses a folder whose pipeline is of another kind, or holds an autoencoder: its network draws latents."""
+    index = folder / "model_index.json"
+    pipeline = _json(index).get("_class_name") if index.is_file() else None
+    if index.is_file() and pipeline not in PIPELINES:
+        raise ValueError(f"{folder}: the pipeline must be one of {', '.join(PIPELINES)}, got {pipeline}")
+    for name in AUTOENCODERS:
+        if (folder / name / "config.json").is_file():
+            raise ValueError(f"{folder}: a latent model, with {name}, is not supported; give a pixel model's pipeline")
+
+
+def _scheduler(name: Any) -> Any:
+    """The class of diffusers' of this name, if it reads noise levels from BETAS."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    return kind if kind is not None and inspect.signature(kind.__init__).parameters.keys() >= BETAS else None
 
 
 def _size(folder: Path, size: Any) -> tuple[int, int]:

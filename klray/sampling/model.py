@@ -18,7 +18,7 @@ from klray.networks.fused_unet import can_fuse
 from klray.networks.half import amp_dtype, in_precision
 from klray.parallel.mesh import Mesh
 from klray.runs.checkpoint import CheckpointError, file_digest, load_network, whole_checkpoint
-from klray.sampling.imported import is_imported, load_imported, weight_files
+from klray.sampling.imported import is_imported, load_imported, models_inside, weight_files
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -78,6 +78,8 @@ def load_model(
     mesh = mesh or Mesh()
     if is_imported(path):
         return _imported(path, device, clip_x0, mesh, amp_dtype(amp, device), channels_last, fused)
+    if inside := [] if (path / "run.json").exists() else models_inside(path):
+        raise CheckpointError(f"{path} is no model but holds some; give one, such as {inside[-1]}")
     checkpoint = whole_checkpoint(path)
     config, network = load_network(checkpoint)
     process = build_process(config)

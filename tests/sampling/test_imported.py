@@ -11,7 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +40,7 @@ from tests.models import unet
 CPU = torch.device("cpu")
 WEAK = {"beta_end": 0.002}  # of weak noise, so that an untrained network's images are not black and white
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +180,110 @@ def test_a_network_inside_a_pipeline_has_the_pipelines_schedule(tmp_path: Path) 
         assert torch.equal(inside.denoiser(x, t), whole.denoiser(x, t))
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_flat_folder_is_the_same_pipeline(suffix: str, tmp_path: Path) -> None:
+    """As google's first models lie: config, scheduler and weights beside model_index.json."""
+    folder = pipeline(tmp_path / "model", unet(3), prediction_type="v_prediction", clip_sample=False)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (folder / "model_index.json", folder / "unet/config.json", folder / SCHEDULER):
+        shutil.copy(file, flat)
+    if suffix == "safetensors":
+        shutil.copy(folder / WEIGHTS, flat)
+    else:
+        torch.save(load_file(folder / WEIGHTS), flat / "diffusion_pytorch_model.bin")
+    whole, found = load_model(folder, CPU), load_model(flat, CPU)
+    assert found.assumed is None
+    assert_equal(
+        output_of_klray(found, [*times(list(range(900, -1, -100))), 0.0]),
+        output_of_diffusers(flat, 10, use_clipped=True),
+    )
+    x, t = start(), torch.tensor(0.5, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(found.denoiser(x, t), whole.denoiser(x, t))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DDIMScheduler,
+        PNDMScheduler,
+        UniPCMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        DEISMultistepScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+    ],
+)
+def test_a_model_may_come_with_any_scheduler_of_betas(kind: Any, tmp_path: Path) -> None:
+    """Whichever its author sampled with: the noise levels are the same. Its own settings decide on clamping."""
+    levels = {**WEAK, "beta_start": 1e-4, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    own = load_model(pipeline(tmp_path / "own", unet(3), **levels), CPU, clip_x0=False)
+    folder = pipeline(tmp_path / "model", unet(3))
+    kind(**levels).save_pretrained(folder / "scheduler")
+    model = load_model(folder, CPU)
+    assert model.clip_x0 == (kind is DDIMScheduler)
+    assert model.fingerprint == own.fingerprint
+    x, t = start(), torch.tensor(0.5, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(load_model(folder, CPU, clip_x0=False).denoiser(x, t), own.denoiser(x, t))
+
+
+def test_levels_that_a_scheduler_does_not_name_are_its_defaults(tmp_path: Path) -> None:
+    """Not DDPM's: Heun's are Stable Diffusion's."""
+    folder = pipeline(tmp_path / "model")
+    (folder / SCHEDULER).write_text('{"_class_name": "HeunDiscreteScheduler"}')
+    expected = HeunDiscreteScheduler().alphas_cumprod.double()
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    torch.testing.assert_close(load_model(folder, CPU).schedule.alpha(t).square(), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_half_precision_weights_are_read_where_there_are_no_others(bare: bool, tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "model", unet(3))
+    state = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    half = {name: tensor.half() for name, tensor in state.items()}
+    save_file(half, folder / "unet/diffusion_pytorch_model.fp16.safetensors", metadata={"format": "pt"})
+    model = load_model(folder / "unet" if bare else folder, CPU)
+    for name, tensor in model.network.state_dict().items():
+        assert torch.equal(tensor, half[name].float())
+
+
+def test_weights_without_their_settings_are_named(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "model") / "unet"
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="/unet/config.json cannot be read: "):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_hubs_cache_names_the_folder_to_give(bare: bool, tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "0123abcd"
+    if bare:
+        unet().save_pretrained(snapshot)
+    else:
+        pipeline(snapshot)
+    for given in (tmp_path / "hub", tmp_path / "hub/models--org--name", *([] if bare else [snapshot.parent])):
+        with pytest.raises(CheckpointError) as caught:
+            load_model(given, CPU)
+        assert str(caught.value) == f"{given} is no model but holds some; give one, such as {snapshot}"
+    assert load_model(snapshot, CPU).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_the_network_of_a_latent_pipeline_is_no_pixel_model(channels: int, tmp_path: Path) -> None:
+    """Its pipeline says so; without it, four channels do."""
+    folder = pipeline(tmp_path / "ldm", unet(0, in_channels=channels, out_channels=channels))
+    edit("model_index.json", _class_name="LDMPipeline")(folder)
+    with pytest.raises(CheckpointError, match="the pipeline must be one of DDPMPipeline, .*, got LDMPipeline"):
+        load_model(folder / "unet", CPU)
+    shutil.copytree(folder / "unet", tmp_path / "alone")
+    if channels == 4:
+        with pytest.raises(CheckpointError, match=r"in_channels must be 1 \(grey\) or 3 \(RGB\), .*, got 4"):
+            load_model(tmp_path / "alone", CPU)
+
+
 @pytest.mark.parametrize("clip", [True, False])
 def test_clip_x0_is_the_schedulers_or_the_users(clip: bool, tmp_path: Path) -> None:
     folder = pipeline(tmp_path / "model", clip_sample=clip)
@@ -237,7 +355,6 @@ def text(file: str, content: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).write_text(content) and None
 
 
-SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "class-conditional": (
         network(num_class_embeds=10),
@@ -245,10 +362,19 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "conditioned on a time": (network(class_embed_type="timestep"), "class-conditional"),
     "another scheduler": (
-        lambda folder: PNDMScheduler().save_pretrained(folder / "scheduler"),
-        "scheduler_config.json: the scheduler must be one of DDPMScheduler, DDIMScheduler, got PNDMScheduler",
+        lambda folder: EDMEulerScheduler().save_pretrained(folder / "scheduler"),
+        "scheduler_config.json: the scheduler must be one whose noise levels are given by betas, as DDPMScheduler or "
+        "PNDMScheduler, got EDMEulerScheduler",
     ),
-    "a scheduler without a class": (edit(SCHEDULER, _class_name=None), "the scheduler must be one of DDPMScheduler"),
+    "a scheduler of nobody's": (edit(SCHEDULER, _class_name="MyScheduler"), "given by betas, as DDPMScheduler"),
+    "no scheduler": (edit(SCHEDULER, _class_name="UNet2DModel"), "given by betas, as DDPMScheduler"),
+    "flow sigmas": (
+        lambda folder: UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction").save_pretrained(
+            folder / "scheduler"
+        ),
+        "use_flow_sigmas is another process",
+    ),
+    "a scheduler without a class": (edit(SCHEDULER, _class_name=None), "given by betas, as DDPMScheduler"),
     "a scheduler that is no object": (text(SCHEDULER, "[1]"), "scheduler_config.json"),
     "a torn scheduler": (text(SCHEDULER, '{"_class'), "scheduler_config.json cannot be read: Unterminated string"),
     "unknown betas": (edit(SCHEDULER, beta_schedule="foo"), "foo"),
@@ -270,6 +396,14 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a latent model": (
         edit("model_index.json", _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]),
         "got LDMPipeline",
+    ),
+    "a latent model's network in a pixel pipeline": (
+        network(in_channels=4, out_channels=4),
+        "/unet/config.json: in_channels must be 1 (grey) or 3 (RGB), a latent model's network draws no images, got 4",
+    ),
+    "an autoencoder beside the network": (
+        lambda folder: (folder / "vqvae").mkdir() or text("vqvae/config.json", "{}")(folder),
+        "a latent model, with vqvae, is not supported; give a pixel model's pipeline",
     ),
     "an output of other channels": (network(in_channels=3, out_channels=1), "channels"),
     "an output of many channels": (network(out_channels=8), "channels"),
