@@ -173,7 +173,7 @@ class Sampling(_Section):
     clip_x0: bool = True
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # of the network; auto: bf16 on GPUs that have it, else off
     channels_last: bool = False
-    term_chunk: PositiveInt | None = None  # terms evaluated at once; null: all
+    term_chunk: PositiveInt | None = None  # terms evaluated at once; null: as many as make 512 rows of the network
     every_images: PositiveInt = 50_000
     images: PositiveInt = 64
     batch_size: PositiveInt = 64
@@ -257,6 +257,11 @@ class Config(_Section):
                 raise ConfigError("network.term_input time_offset is for architecture repeated; wide has no term input")
         if network.term_input == "time_offset" and process.time_grid == "continuous":
             raise ConfigError("network.term_input time_offset needs process.time_grid to be a number N, got continuous")
+        if self.precision.fused == "on":
+            if network.kind != "unet":
+                raise ConfigError(f"precision.fused on is for network.kind unet, got {network.kind}; set it to auto")
+            if self.precision.compile:
+                raise ConfigError("precision.fused on and precision.compile exclude each other; leave one of them out")
         if len(network.channels) != len(network.attention):
             raise ConfigError(
                 f"network.attention needs one value for each of the {len(network.channels)} network.channels, "

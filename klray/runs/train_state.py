@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from klray.config import Config, ConfigError, Ema
+from klray.config import Config, Ema
 from klray.networks.fused_unet import can_fuse
 from klray.networks.half import amp_dtype
 from klray.networks.terms import TermNetwork
@@ -83,15 +83,10 @@ def new_state(config: Config, network: TermNetwork, device: torch.device) -> Tra
 
 
 def fuses(config: Config, network: TermNetwork, device: torch.device) -> bool:
-    """Whether the network runs through ``networks.fused_unet``: by default on GPUs, where it is not compiled instead.
-
-    Raises:
-        ConfigError: where precision.fused is on for a network that it does not know.
-    """
-    asked, known = config.precision.fused, can_fuse(network.backbone)
-    if asked == "on" and not known:
-        raise ConfigError(f"precision.fused on is for network.kind unet, got {config.network.kind}; set it to auto")
-    return asked == "on" or (asked == "auto" and known and device.type == "cuda" and not config.precision.compile)
+    """Whether the network runs through ``networks.fused_unet``: by default on GPUs, if it is not compiled."""
+    asked = config.precision.fused
+    wanted = asked == "on" or (asked == "auto" and device.type == "cuda" and not config.precision.compile)
+    return wanted and can_fuse(network.backbone)
 
 
 def ema_network(state: TrainState) -> TermNetwork:

@@ -130,6 +130,8 @@ def test_a_bad_command_line(argv: list[str], message: str, capsys: pytest.Captur
         (["process.num_terms=0", "loss.partial_terms=1"], "loss.partial_terms needs process.num_terms > 0"),
         (["process.kind=vp_ensemble", "loss.coupling=separable"], "loss.coupling must be joint"),
         (["process.kind=vp_truncated", "process.num_terms=0"], "needs process.num_terms >= 1, got 0"),
+        (["precision.fused=on"], "precision.fused on is for network.kind unet, got mlp; set it to auto"),
+        (["network.kind=unet", "precision.fused=on", "precision.compile=true"], "exclude each other"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
