@@ -37,6 +37,9 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--rate-factor", type=float, default=2.0, help="between one rate and the next (default 2)")
     parser.add_argument("--quality", type=float, help="the error whose cost is told (default: one that all arms reach)")
     parser.add_argument("--workers", type=int, default=1, help="processes of one run (default 1)")
+    parser.add_argument(
+        "--gpus-per-worker", type=float, default=1.0, help="below 1, as 0.25, small runs share a GPU (default 1)"
+    )
     parser.add_argument("--name", help="the comparison's name (default: preset + hash of what is compared)")
     parser.add_argument("--comparisons", type=Path, default=Path("comparisons"), help="the folder that holds them")
     parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is; off for none")
@@ -76,6 +79,8 @@ def _check(args: Namespace) -> None:
     ):
         if getattr(args, flag) < least:
             raise ConfigError(f"--{flag} must be >= {least}, got {getattr(args, flag)}: {why}")
+    if not 0 < args.gpus_per_worker <= 1:
+        raise ConfigError(f"--gpus-per-worker must be above 0 and at most 1, got {args.gpus_per_worker:g}")
     if not 1.1 <= args.rate_factor <= 100:
         raise ConfigError(f"--rate-factor must be from 1.1 to 100, got {args.rate_factor:g}")
     if args.quality is not None and not args.quality > 0:
@@ -175,7 +180,8 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
             print(f"{len(arms)} arms x ({args.rates} learning rates + {args.seeds} seeds) = {runs} runs, or some more")
             progress = ComparisonProgress(runs, lambda line: print(line, flush=True))
             details = {"experiment": name, "tracking_uri": uri}
-            job = ComparisonJob(folder, SharedImages.of(data), args.workers, details, progress)
+            images, part = SharedImages.of(data), args.gpus_per_worker
+            job = ComparisonJob(folder, images, args.workers, details, progress, part)
             results, failures = job.run(arms, seeds=args.seeds, rates=args.rates, factor=args.rate_factor)
             text = report(results, args.quality)
             for path in write_files(results, text, folder):

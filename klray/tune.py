@@ -22,6 +22,9 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     parser.add_argument("--workers", type=int, default=1, help="processes of one trial (default 1)")
     parser.add_argument(
+        "--gpus-per-worker", type=float, default=1.0, help="below 1, as 0.25, small trials share a GPU (default 1)"
+    )
+    parser.add_argument(
         "--trial-runner",
         choices=("train", "inline"),
         default="train",
@@ -64,6 +67,13 @@ def _check(space: Space, args: Namespace) -> None:
 
     if args.workers < 1:
         raise ConfigError(f"--workers must be >= 1, got {args.workers}")
+    if not 0 < args.gpus_per_worker <= 1:
+        raise ConfigError(f"--gpus-per-worker must be above 0 and at most 1, got {args.gpus_per_worker:g}")
+    if args.gpus_per_worker < 1 and args.trial_runner == "train" and any(o.score for o in space.objectives):
+        raise ConfigError(
+            f"--gpus-per-worker must be 1 where objectives are scores of images, got {args.gpus_per_worker:g}; "
+            "or take --trial-runner inline, which draws them on the trial's own part"
+        )
     if args.trial_runner == "inline" and args.workers != 1:
         raise ConfigError(f"--trial-runner inline trains in the trial's own process, got --workers {args.workers}")
     tried = set()
@@ -122,13 +132,15 @@ def _run(args: Namespace, space: Space, name: str) -> int:
         connect()
         features = Features(*_features(space))
         progress = StudyProgress(space, lambda line: print(line, flush=True))
-        print(f"{space.trials} trials, {concurrency(space, args.workers)} at a time, {args.workers} workers each")
+        at_once = concurrency(space, args.workers, args.gpus_per_worker)
+        print(f"{space.trials} trials, {at_once} at a time, {args.workers} workers each")
         details = {"experiment": name, "tracking_uri": uri}
         run_study(
             space,
             folder,
             SharedImages.of(data),
             workers=args.workers,
+            gpus_per_worker=args.gpus_per_worker,
             inline=args.trial_runner == "inline",
             features=features,
             details=details,

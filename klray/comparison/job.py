@@ -33,7 +33,7 @@ class ComparisonJob:
     """Where and how a comparison's runs are trained.
 
     ``folder``: of the comparison; TRIALS in it holds the runs' folders. ``workers``: of one run. ``details``: kept in
-    every run's run.json.
+    every run's run.json. ``gpus_per_worker``: where there are any; below 1 runs share GPUs.
     """
 
     folder: Path
@@ -41,6 +41,7 @@ class ComparisonJob:
     workers: int
     details: dict[str, Any]
     watch: Watch
+    gpus_per_worker: float = 1
 
     def run(
         self, arms: Mapping[Arm, Config], *, seeds: int, rates: int, factor: float
@@ -104,7 +105,7 @@ class ComparisonJob:
                     missing.append(run)
         if not missing:
             return outcomes
-        at_once = min(runs_at_once(self.workers, runs[0].config.budget.unit), len(missing))
+        at_once = min(self._at_once(runs[0].config.budget.unit), len(missing))
         while at_once > 1 and cpu_share(at_once * self.workers) < share:
             at_once -= 1
         jobs = run_jobs(
@@ -113,7 +114,7 @@ class ComparisonJob:
             missing,
             workers=at_once * self.workers,
             group_size=self.workers,
-            gpus_per_worker=1 if cluster_size()[1] else None,
+            gpus_per_worker=self.gpus_per_worker if cluster_size()[1] else None,
             cpus_per_worker=min(share, cpu_share(at_once * self.workers)),
             on_report=lambda index, metrics: self.watch(missing[index].name, "running", metrics),
         )
@@ -123,6 +124,9 @@ class ComparisonJob:
             self.watch(name, outcomes[name], {})
         return outcomes
 
+    def _at_once(self, unit: str) -> int:
+        return runs_at_once(self.workers, unit, self.gpus_per_worker)
+
     def _cpus_per_worker(self, runs: int, unit: str) -> float:
         """The same for all runs of a comparison, and kept: sums and seconds depend on the number of threads.
 
@@ -131,7 +135,7 @@ class ComparisonJob:
         """
         file = self.folder / "cpus_per_worker.json"
         if not file.exists():
-            share = cpu_share(min(runs_at_once(self.workers, unit), runs) * self.workers)
+            share = cpu_share(min(self._at_once(unit), runs) * self.workers)
             aside = file.with_suffix(".tmp")
             aside.write_text(json.dumps(share))
             aside.rename(file)

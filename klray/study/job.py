@@ -32,6 +32,7 @@ def run_study(
     images: SharedImages,
     *,
     workers: int,
+    gpus_per_worker: float,
     inline: bool,
     features: Features,
     details: dict[str, Any],
@@ -45,6 +46,7 @@ def run_study(
     Args:
         folder: of the study; Optuna's storage and the trials' runs are in it.
         workers: of one trial.
+        gpus_per_worker: where there are any; below 1 trials share GPUs.
         inline: the loop in a trial's own process, one worker, without Ray Train.
         features: where an objective is a score of images.
         details: kept in every run's run.json.
@@ -56,11 +58,15 @@ def run_study(
         RunError: where the study's storage cannot be used any more.
         KeyboardInterrupt: on Ctrl-C; the same call goes on.
     """
-    at_once = concurrency(space, workers)
+    at_once = concurrency(space, workers, gpus_per_worker)
     share = cpu_share(at_once * workers)
-    plan = Plan(space, folder, images, workers, inline, share, features, details, Path.cwd())
+    plan = Plan(space, folder, images, workers, inline, share, gpus_per_worker, features, details, Path.cwd())
     # A trial that only waits for its workers takes no CPU, and stays beside the driver.
-    own = {"CPU": share, "GPU": min(1, cluster_size()[1])} if inline else {"node:__internal_head__": 0.001}
+    own = (
+        {"CPU": share, "GPU": gpus_per_worker if cluster_size()[1] else 0}
+        if inline
+        else {"node:__internal_head__": 0.001}
+    )
     if any(objective.score for objective in space.objectives):
         study_reference(space.base, images, features)  # once, before trials would each want it
     search = StudySearch(space, folder, retry_failed)
@@ -96,13 +102,13 @@ def run_study(
     wait_until_free(seconds=30)  # of trials that were stopped last
 
 
-def concurrency(space: Space, workers: int) -> int:
+def concurrency(space: Space, workers: int, gpus_per_worker: float = 1) -> int:
     """How many trials of so many workers run at once.
 
     Raises:
         WorkersError: where none does.
     """
-    fit = runs_at_once(workers, space.budget.unit)
+    fit = runs_at_once(workers, space.budget.unit, gpus_per_worker)
     return min(fit, space.concurrency or fit, space.trials)
 
 

@@ -39,6 +39,7 @@ class Plan:
     workers: int
     inline: bool  # the loop in the trial's own process, without Ray Train
     cpus_per_worker: float
+    gpus_per_worker: float
     features: Features  # for scores of images
     details: dict[str, Any]
     root: Path  # where relative paths begin: a trial has a working folder of its own
@@ -117,6 +118,7 @@ def _train(plan: Plan, config: Config, name: str, title: str, run_dir: Path, *, 
             run_dir=run_dir,
             provenance=provenance,
             cpus_per_worker=plan.cpus_per_worker,
+            gpus_per_worker=plan.gpus_per_worker,
             callbacks=[TuneReportCallback()] if first else None,
         )
     except DivergedError:

@@ -74,6 +74,7 @@ def run_on_ray(
     least: int | None = None,
     max_failures: int = 10,
     cpus_per_worker: float | None = None,
+    gpus_per_worker: float = 1,
     callbacks: list[Any] | None = None,
 ) -> None:
     """Trains on a worker group; a lost worker restarts the group from the last whole checkpoint.
@@ -85,6 +86,7 @@ def run_on_ray(
         least: workers that training goes on with where not all have a place, then along the data axis; it takes in more
             when they come. None: it waits for all.
         cpus_per_worker: where other runs share the cluster; None: an equal share of all.
+        gpus_per_worker: where there are any; below 1 several workers are on one GPU.
         callbacks: of Ray Train.
 
     Raises:
@@ -94,8 +96,8 @@ def run_on_ray(
     workers = mesh_shape[0] * mesh_shape[1]
     _, gpus = cluster_size()
     use_gpu = gpus > 0
-    if use_gpu and workers > gpus:
-        raise WorkersError(f"--workers must be at most the cluster's GPUs, {gpus}, got {workers}")
+    if use_gpu and workers > _gpu_places(gpus, gpus_per_worker):
+        raise WorkersError(f"--workers must be at most {_gpus_in_words(gpus, gpus_per_worker)}, got {workers}")
     share = cpu_share(workers) if cpus_per_worker is None else cpus_per_worker
     trainer = TorchTrainer(
         _worker,
@@ -104,6 +106,7 @@ def run_on_ray(
             "images": images,
             "basis_size": mesh_shape[1],
             "threads": max(1, int(share)),
+            "shared_gpu": gpus_per_worker < 1,
             "run_dir": run_dir,
             "provenance": provenance,
         },
@@ -111,7 +114,7 @@ def run_on_ray(
         scaling_config=ScalingConfig(
             num_workers=workers if least is None else (least, workers),
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": share},
+            resources_per_worker={"CPU": share, **({"GPU": gpus_per_worker} if use_gpu else {})},
             elastic_resize_monitor_interval_s=_LOOK_FOR_WORKERS_S,
         ),
         # A name of its own for each attempt: Ray would otherwise resume from its own snapshot of the one before.
@@ -135,21 +138,36 @@ def run_on_ray(
         raise (DivergedError if outcome["diverged"] else TrainingError)(outcome["error"])
 
 
-def runs_at_once(workers: int, budget_unit: str) -> int:
+def runs_at_once(workers: int, budget_unit: str, gpus_per_worker: float = 1) -> int:
     """How many runs of so many workers fit beside each other; one without GPUs where the budget is in seconds, as
     runs that share cores would take each other's.
 
     Raises:
-        WorkersError: where none does.
+        WorkersError: where none does, or where runs whose budget is in seconds would share a GPU.
     """
     cpus, gpus = cluster_size()
+    if gpus and gpus_per_worker < 1 and budget_unit == "seconds":
+        raise WorkersError(
+            f"--gpus-per-worker must be 1 for a budget in seconds, got {gpus_per_worker:g}: runs on one GPU would take "
+            "each other's; set budget.unit to images or network_evals"
+        )
     if gpus:
-        fit, what = gpus // workers, f"GPUs, {gpus}"
+        fit, what = _gpu_places(gpus, gpus_per_worker) // workers, _gpus_in_words(gpus, gpus_per_worker)
     else:
-        fit, what = max(cpus // workers, int(workers <= 2 * cpus)), f"CPUs, {cpus}"
+        fit, what = max(cpus // workers, int(workers <= 2 * cpus)), f"the cluster's CPUs, {cpus}"
     if fit < 1:
-        raise WorkersError(f"--workers must be at most the cluster's {what}, got {workers}")
+        raise WorkersError(f"--workers must be at most {what}, got {workers}")
     return 1 if budget_unit == "seconds" and not gpus else fit
+
+
+def _gpu_places(gpus: int, each: float) -> int:
+    """A worker's part is never of two GPUs."""
+    return gpus * int(1 / each + 1e-9)
+
+
+def _gpus_in_words(gpus: int, each: float) -> str:
+    shared = f" at --gpus-per-worker {each:g}, {_gpu_places(gpus, each)} places" if each < 1 else ""
+    return f"the cluster's GPUs, {gpus}{shared}"
 
 
 def train_in_worker(
@@ -200,13 +218,13 @@ class _Patience(UserCallback):
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
-    basis_size = settings.pop("basis_size")
+    basis_size, shared_gpu = settings.pop("basis_size"), settings.pop("shared_gpu")
     context, device = ray.train.get_context(), get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
     if size > 1:
         store, address = open_store(size) if rank == 0 else (None, None)
         address = broadcast_from_rank_zero(address)
-        join_group(rank, size, device, address if store is None else store)
+        join_group(rank, size, device, address if store is None else store, shared_gpu=shared_gpu)
     try:
         blind = _blind_machines(settings["run_dir"], size)
         if blind:

@@ -31,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(job_module, "run_jobs", run_jobs)
     monkeypatch.setattr(job_module, "cluster_size", lambda: (16, 0))
-    monkeypatch.setattr(job_module, "runs_at_once", lambda workers, unit: 16 // workers)
+    monkeypatch.setattr(job_module, "runs_at_once", lambda workers, unit, part: 16 // workers)
     monkeypatch.setattr(job_module, "cpu_share", lambda workers: 16 // workers)
     monkeypatch.setattr(job_module, "finished", lambda config, run_dir, warn: run_dir.name in rates)
     monkeypatch.setattr(job_module, "history", lambda run_dir: rates[run_dir.name])
@@ -64,7 +64,7 @@ def test_a_smaller_cluster_runs_fewer_at_once(
     tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job(tmp_path).run(arms("vp", "kl2"), seeds=3, rates=4, factor=2)
-    monkeypatch.setattr(job_module, "runs_at_once", lambda workers, unit: 4 // workers)
+    monkeypatch.setattr(job_module, "runs_at_once", lambda workers, unit, part: 4 // workers)
     monkeypatch.setattr(job_module, "cpu_share", lambda workers: 4 // workers)
     job(tmp_path).run(arms("vp", "kl2"), seeds=6, rates=4, factor=2)
     assert (asked[-1]["threads"], asked[-1]["cpus"], asked[-1]["workers"]) == (2, 2, 2)

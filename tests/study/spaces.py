@@ -11,6 +11,7 @@ TINY = {
     "network.kind": "mlp",
     "network.width": 16,
     "optimizer.batch_size": 16,
+    "optimizer.warmup_images": 0,
     "validation.images": 16,
     "validation.every_images": 64,
     "sampling.images": 4,
