@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 
 from klray.errors import RunError, UserError
 
+MOST_IMAGES = 10_000_000  # of one command: their list of batches and their features are held in memory
+MOST_IN_BATCH = 65_536
+LAST_SEED = 2**63
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line."""
@@ -90,6 +94,8 @@ def check_sampling_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be >= 1, got {value}")
+    if args.batch_size > MOST_IN_BATCH:
+        raise UserError(f"--batch-size must be at most {MOST_IN_BATCH}, got {args.batch_size}")
     if args.workers is not None and args.workers % args.basis:
         raise UserError(f"--basis must divide --workers, {args.workers}, got {args.basis}")
 
@@ -113,12 +119,25 @@ def seeds_of(text: str) -> range:
     """``A-B``, both included, or one number.
 
     Raises:
-        UserError: for anything else.
+        UserError: for anything else, and for more images than one command draws.
     """
     ends = _ends_of(text)
     if ends is None or ends[0] > ends[1]:
         raise UserError(f"--seeds must be A-B with A <= B, or one number, got {text!r}; for example 0-63")
-    return range(ends[0], ends[1] + 1)
+    return image_seeds("--seeds", ends[0], ends[1] - ends[0] + 1)
+
+
+def image_seeds(flag: str, first: int, count: int) -> range:
+    """The seeds of ``count`` images from ``first`` on.
+
+    Raises:
+        UserError: naming ``flag``, for more than one command draws, and beyond the seeds that there are.
+    """
+    if count > MOST_IMAGES:
+        raise UserError(f"{flag} must ask for at most {MOST_IMAGES:,} images, got {count:,}; use several commands")
+    if first + count > LAST_SEED:
+        raise UserError(f"{flag} must stay below {LAST_SEED}, got {first + count - 1}")
+    return range(first, first + count)
 
 
 def workers_of(text: str) -> tuple[int, int]:

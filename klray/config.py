@@ -75,7 +75,7 @@ class Data(_Section):
 
 
 class Process(_Section):
-    num_terms: int = Field(default=8, ge=0)  # M; 0 is the VP baseline
+    num_terms: int = Field(default=8, ge=0, le=1024)  # M; 0 is the VP baseline
     kind: Literal["kl", "vp_ensemble", "vp_truncated"] = "kl"  # the last two: control arms of a comparison
     marginal: Literal["matched", "truncated", "paper"] = "matched"
     time_grid: Literal["continuous"] | PositiveInt = "continuous"  # or N: training times uniform on n/N
@@ -158,6 +158,9 @@ class Checkpoint(_Section):
     keep: PositiveInt = 2
 
 
+MOST_STEPS = 10_000  # of a solver
+
+
 def _lower(name: str) -> str:
     """Names of klray's own are in lower case; an entry of the user's, module:attribute, or a file is not."""
     return name if ":" in name or "/" in name or "." in name else name.lower()
@@ -165,8 +168,10 @@ def _lower(name: str) -> str:
 
 class Sampling(_Section):
     solver: Annotated[str, AfterValidator(_lower)] = "ddim"
-    num_steps: PositiveInt = 20
-    nfe: PositiveInt | None = None  # instead of num_steps: score evaluations an image, spent as the solver does
+    num_steps: int = Field(default=20, gt=0, le=MOST_STEPS)
+    nfe: int | None = Field(
+        default=None, gt=0, le=MOST_STEPS
+    )  # instead of num_steps: score evaluations an image, spent as the solver does
     timesteps: Annotated[str, AfterValidator(_lower)] = "logsnr"
     options: dict[str, bool | str] = {}  # of the solver: variant, third_order, lower_order_final, convert_with
     final: Literal["denoise", "keep"] = "denoise"  # of the noise that is left at the end of the grid

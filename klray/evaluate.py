@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from klray.cli import Parser, add_sampling_flags, check_sampling_flags, columns, options_of, run_command
+from klray.cli import Parser, add_sampling_flags, check_sampling_flags, columns, image_seeds, options_of, run_command
 
 if TYPE_CHECKING:
     from klray.evaluation.job import Cell
@@ -120,6 +120,7 @@ def _check(args: Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ConfigError(f"--{flag.replace('_', '-')} must be >= {least}, got {value}")
+    image_seeds("--num-samples and --repeats", args.seed, args.num_samples * args.repeats)
 
 
 def _cells(args: Namespace, model: Model) -> list[Cell]:

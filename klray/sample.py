@@ -32,6 +32,7 @@ def parse(argv: list[str] | None) -> Namespace:
         action="append",
         help="a grid (.png), all images (.zip, .npz, or a folder); repeatable (default samples.png)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace files of --out that exist")
     parser.add_argument("--export", type=Path, metavar="DIR", help="also write the model as a diffusers DDIMPipeline")
     return parser.parse_args(argv)
 
@@ -53,7 +54,7 @@ def _sample(args: Namespace) -> int:
     from klray.parallel.mesh import Mesh
     from klray.sampling.draw import Drawing, SamplingTask, batches_of, sampling_of
     from klray.sampling.find import checkpoint_folder
-    from klray.sampling.image_files import check_targets, open_target
+    from klray.sampling.image_files import check_targets, open_targets
     from klray.sampling.job import spread
     from klray.sampling.model import load_model
     from klray.schedules.grid_files import grid_of
@@ -61,7 +62,8 @@ def _sample(args: Namespace) -> int:
     check_sampling_flags(args)
     batches = batches_of(seeds_of(args.seeds), args.batch_size)
     targets = args.out or [Path("samples.png")]
-    check_targets(targets)
+    check_targets(targets, overwrite=args.overwrite)
+    _check_export(args.export)
     checkpoint = checkpoint_folder(args.checkpoint, args.tracking_uri).resolve()
     model = load_model(checkpoint, torch.device("cpu"), mesh=Mesh(1, args.basis))
     if model.assumed is not None:
@@ -76,24 +78,30 @@ def _sample(args: Namespace) -> int:
     grid = grid_of(args.timesteps, model, sampling_of(model, **chosen), force=args.force)
     settings = sampling_of(model, grid, timesteps=args.timesteps, **chosen)
     sampler = build_sampler(settings, grid)
-    if args.export is not None:
-        _export(model, args.export)
     clip = None if args.clip_x0 is None else args.clip_x0 == "yes"
     drawing = Drawing.of(checkpoint, settings, batch_size=args.batch_size, clip_x0=clip, compile=args.compile)
     task = SamplingTask(drawing, settings, grid)
     workers = args.workers or default_workers() * args.basis
     with ExitStack() as stack:
-        writers = [stack.enter_context(open_target(target)) for target in targets]
+        write = stack.enter_context(open_targets(targets))
+        if args.export is not None:
+            _export(model, args.export)
         bar = stack.enter_context(tqdm(total=sum(map(len, batches)), unit=" images", smoothing=0.1, mininterval=0.5))
         for seeds, images in zip(batches, spread(task, batches, workers=workers, basis=args.basis), strict=True):
-            for write in writers:
-                write(seeds, images)
+            write(seeds, images)
             bar.update(len(seeds))
     evals = sampler.nfe * model.evals
     how = f"{settings.solver}, {settings.timesteps}, {sampler.nfe} NFE, {evals} network evaluations an image"
     for target in targets:
         print(f"wrote {target}: seeds {args.seeds}, {how}")
     return 0
+
+
+def _check_export(folder: Path | None) -> None:
+    from klray.config import ConfigError
+
+    if folder is not None and folder.exists() and (folder.is_file() or next(folder.iterdir(), None) is not None):
+        raise ConfigError(f"--export {folder} exists and is no empty folder; choose another name")
 
 
 def _export(model: Model, folder: Path) -> None:

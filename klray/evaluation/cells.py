@@ -18,7 +18,7 @@ from klray.data.sources import images_of
 from klray.evaluation.job import Cell, EvaluationTask, Features, measure, reference_features
 from klray.evaluation.record import EvaluationRun, Row
 from klray.evaluation.reference import Reference, load_reference, read_npz
-from klray.evaluation.scores import check_metrics
+from klray.evaluation.scores import check_metrics, check_reference
 from klray.runs.checkpoint import read_state
 from klray.runs.provenance import git_commit, hardware
 from klray.sampling.draw import Drawing, image_grid
@@ -60,11 +60,14 @@ class Yardstick:
         """Statistics of the images to compare with.
 
         Raises:
-            ConfigError: for an unknown metric or reference, and images of another shape than the model's.
+            UserError: for an unknown metric or reference, one that does not serve the metrics, and images of another
+                shape than the model's.
         """
         check_metrics(self.metrics)
         if self.reference.endswith(".npz"):
-            return read_npz(Path(self.reference))
+            reference = read_npz(Path(self.reference))
+            check_reference(self.metrics, reference)
+            return reference
         if self.reference not in ("train", "held_out"):
             raise ConfigError(f"--reference must be train, held_out or an .npz file, got {self.reference!r}")
         config = model.config if self.data is None else load_config(self.data)

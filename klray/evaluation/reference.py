@@ -23,6 +23,7 @@ from torch import Tensor
 from klray.evaluation.features import FeaturesError
 from klray.evaluation.statistics import Moments
 
+ROUNDING = 1e-5  # of a covariance that was summed in float32, relative to its largest entry
 _FORMAT = 1  # raised whenever the same images would get other features
 
 
@@ -92,7 +93,8 @@ def read_npz(path: Path) -> Reference:
     """Reads EDM's reference statistics: ``mu`` [d] and ``sigma`` [d, d] of Inception features. They serve FID only.
 
     Raises:
-        FeaturesError: where the file is missing, is no .npz of plain arrays, lacks one, or they have other shapes.
+        FeaturesError: where the file is missing, is no .npz of plain arrays, lacks one, they have other shapes, or
+            ``sigma`` is no covariance.
     """
     try:
         data = path.read_bytes()
@@ -108,6 +110,13 @@ def read_npz(path: Path) -> Reference:
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise FeaturesError(f"{path}: mu and sigma must be finite; replace it")
+    largest = max(float(np.abs(covariance).max()), np.finfo(np.float64).tiny)
+    if float(np.abs(covariance - covariance.T).max()) > ROUNDING * largest:
+        raise FeaturesError(f"{path}: sigma must be symmetric, as a covariance is; replace it")
+    try:  # of fewer images than dimensions it is singular: rounding may make it indefinite by a little
+        np.linalg.cholesky(covariance + ROUNDING * largest * np.eye(len(mean)))
+    except np.linalg.LinAlgError:
+        raise FeaturesError(f"{path}: sigma must have no negative eigenvalue, as a covariance; replace it") from None
     fingerprint = hashlib.sha256(data).hexdigest()[:16]
     return Reference(path.stem, 0, fingerprint, Moments.from_covariance(mean, covariance), None)
 

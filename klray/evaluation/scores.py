@@ -37,6 +37,17 @@ def check_metrics(metrics: Sequence[str]) -> None:
             raise UserError(f"metric {metric!r} is not one of {', '.join(METRICS)}; the nearest is {nearest}")
 
 
+def check_reference(metrics: Sequence[str], reference: Reference) -> None:
+    """Refuses metrics that the reference cannot serve.
+
+    Raises:
+        UserError: for one that needs images, where only their moments are known.
+    """
+    for metric in metrics:
+        if metric in ("kid", "pr") and reference.features is None:
+            raise UserError(f"{metric} needs images to compare with; {reference.name} holds moments only: use fid")
+
+
 def compute(
     metrics: Sequence[str], sample: Mapping[str, Tensor], reference: Reference, moments: Moments | None = None
 ) -> dict[str, float]:
@@ -58,11 +69,9 @@ def compute(
     """
     check_metrics(metrics)
     moments = Moments.of(sample["features"]) if moments is None else moments
-    for metric in metrics:
-        if metric in ("kid", "pr") and reference.features is None:
-            raise UserError(f"{metric} needs images to compare with; {reference.name} holds moments only: use fid")
-        if metric == "is" and "logits" not in sample:
-            raise UserError("is needs features of a network that classifies; use --features inception")
+    check_reference(metrics, reference)
+    if "is" in metrics and "logits" not in sample:
+        raise UserError("is needs features of a network that classifies; use --features inception")
     if len(moments.mean) != len(reference.moments.mean):
         found, wanted = len(moments.mean), len(reference.moments.mean)
         rule = f"the images' features have {found} dimensions, those of {reference.name} {wanted}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from klray.config import MOST_STEPS
 from klray.core.schedule import Schedule
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
@@ -23,6 +24,7 @@ from klray.schedules.teacher import Teacher
 
 FIRST_SEED = 1 << 30  # of the pairs' noises: far from the seeds of the images that are drawn and evaluated
 PAIRS = {"ld3": 100, "adam": 1000}
+MOST_PAIRS = 1_000_000
 EFFICIENTNET, LPIPS = "efficientnet_lite0", "lpips_vgg"
 LOSSES = (*DISTANCES, EFFICIENTNET, LPIPS)
 
@@ -134,6 +136,8 @@ def teacher_of(solver: str, nfe: int, timesteps: str, schedule: Schedule, final:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise AskError(f"--teacher-{flag} must be one of {', '.join(known)}, got {name!r}; the nearest is {close}")
+    if nfe > MOST_STEPS:
+        raise AskError(f"--teacher-nfe must be at most {MOST_STEPS}, got {nfe}")
     try:
         num_steps, orders = SOLVERS[solver].plan(nfe)
     except ValueError as error:
@@ -169,6 +173,8 @@ def check_ask(ask: Ask, jobs: Sequence[Job]) -> None:
             f"--pairs must be >= {least}, got {ask.pairs}: {ask.fit.validation_pairs} of them only validate; "
             f"give more, or --set validation_pairs={max(1, ask.pairs // 2)}"
         )
+    if ask.pairs > MOST_PAIRS:
+        raise AskError(f"--pairs must be at most {MOST_PAIRS}, got {ask.pairs}: they are held in memory")
     if ask.fit.loss not in LOSSES:
         close = difflib.get_close_matches(ask.fit.loss, LOSSES, n=1, cutoff=0.0)[0]
         raise AskError(f"--loss must be one of {', '.join(LOSSES)}, got {ask.fit.loss!r}; the nearest is {close}")

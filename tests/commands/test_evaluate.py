@@ -65,6 +65,13 @@ MISTAKES = {
     ("--reference", "test"): "--reference must be train, held_out or an .npz file, got 'test'",
     ("--reference", "none.npz"): "no reference statistics at none.npz",
     ("--data", "mnist_small"): "KLRAY_DATA",
+    ("--num-samples", "99999999999"): "--num-samples and --repeats must ask for at most 10,000,000 images, got 299,99",
+    (
+        "--seed",
+        "9999999999999999999",
+    ): "--num-samples and --repeats must stay below 9223372036854775808, got 1000000000",
+    ("--batch-size", "99999999999"): "--batch-size must be at most 65536, got 99999999999",
+    ("--nfe", "100000000"): "sampling.nfe must be less than or equal to 10000, got 100000000",
     ("--option", "variant"): "--option takes KEY=VALUE, got 'variant'",
     ("--option", "variant=bh3", "--solver", "unipc_2"): "variant must be bh1 or bh2, got 'bh3'",
     ("--option", "variant=bh1", "--solver", "ddim"): "sampling.options of ddim are convert_with, got 'variant'",
@@ -91,6 +98,7 @@ def test_a_reference_of_moments_serves_fid_only(
     argv += ONCE
     assert run(model, *argv, "--metrics", "kid", "--out", "a") == 2
     assert "moments only: use fid" in capsys.readouterr().err
+    assert not Path("a").exists()
     assert run(model, *argv, "--metrics", "fid", "--out", "b") == 0
     assert "FID of 8 images is biased upwards" in capsys.readouterr().out
     (result,) = Path("b").glob("*/cells/*/result.json")

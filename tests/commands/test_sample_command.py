@@ -219,6 +219,18 @@ REFUSED = {
     "seeds": (["--seeds", "9-3"], "--seeds must be A-B with A <= B, or one number, got '9-3'; for example 0-63"),
     "seeds of words": (["--seeds", "a-b"], "--seeds must be A-B with A <= B"),
     "superscript seeds": (["--seeds", "²"], "--seeds must be A-B with A <= B"),
+    "countless seeds": (
+        ["--seeds", "0-99999999999"],
+        "--seeds must ask for at most 10,000,000 images, got 100,000,000,000; use several commands",
+    ),
+    "a seed beyond all": (["--seeds", "9223372036854775808"], "--seeds must stay below 9223372036854775808"),
+    "countless steps": (["--nfe", "100000000"], "sampling.nfe must be less than or equal to 10000, got 100000000"),
+    "no whole number": (["--nfe", "1e8"], "argument --nfe: invalid int value: '1e8'"),
+    "a batch of all": (["--batch-size", "99999999999"], "--batch-size must be at most 65536, got 99999999999"),
+    "an output in another": (
+        ["--out", "a", "--out", "a/grid.png"],
+        "--out a/grid.png lies inside --out a; choose another place",
+    ),
     "suffix": (["--out", "a.jpg"], "--out must end in .png (a grid), .zip, .npz, or be a folder without a suffix"),
     "clip": (["--clip-x0", "maybe"], "argument --clip-x0: invalid choice: 'maybe'"),
     "export of terms": (["--export", "pipe"], "only a wide model with prediction term folds into a plain one"),
@@ -294,6 +306,27 @@ def test_an_output_that_is_there_is_not_mixed_with_another(trained: Path, capsys
     assert run(trained, "--seeds", "0-3", "--out", "images") == 0
     error = refused(trained, "--seeds", "4-7", "--out", "images", capsys=capsys)
     assert "--out images is not empty; two sets of images must not mix, so choose another folder" in error
+
+
+def test_a_file_is_replaced_where_that_is_asked_for(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(trained, "--seeds", "0-3", "--out", "grid.png") == 0
+    before = Path("grid.png").read_bytes()
+    error = refused(trained, "--seeds", "4-7", "--out", "grid.png", "--out", "new.npz", capsys=capsys)
+    assert "--out grid.png exists; choose another name, or replace it with --overwrite" in error
+    assert Path("grid.png").read_bytes() == before
+    assert run(trained, "--seeds", "4-7", "--out", "grid.png", "--overwrite") == 0
+    assert Path("grid.png").read_bytes() != before
+
+
+def test_an_export_does_not_write_into_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = {"network__kind": "unet", "network__channels": [8, 16]}
+    model = klray_model(tmp_path / "run", process__num_terms=0, **network)
+    Path("there").mkdir()
+    Path("there/mine.txt").touch()
+    Path("file").touch()
+    for place in ("there", "file"):
+        error = refused(model, "--export", place, capsys=capsys)
+        assert f"--export {place} exists and is no empty folder; choose another name" in error
 
 
 @pytest.mark.parametrize("out", [["images", "images"], ["."], ["file/a.png"]], ids=str)

@@ -527,6 +527,19 @@ def test_edm_statistics_give_the_same_fid(tmp_path: Path) -> None:
     assert found == {"fid": fid(Moments.of(made), moments)}
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_statistics_of_few_images_are_taken(dtype: type, tmp_path: Path) -> None:
+    """Their covariance is singular, and by rounding not quite symmetric."""
+    features = np.random.default_rng(0).normal(size=(20, 300)).astype(dtype)
+    centred = features - features.mean(0)
+    covariance = (centred.T @ centred) / 19
+    covariance[0, 1] *= 1 + 1e-6
+    np.savez(tmp_path / "few.npz", mu=features.mean(0), sigma=covariance)
+    np.savez(tmp_path / "one.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    for name in ("few", "one"):
+        assert read_npz(tmp_path / f"{name}.npz").name == name
+
+
 def test_bad_edm_statistics_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "stats.npz"
     cases: list[tuple[dict[str, Any], str]] = [
@@ -534,6 +547,9 @@ def test_bad_edm_statistics_are_one_line(tmp_path: Path) -> None:
         ({"mu": np.zeros(3), "sigma": np.zeros((3, 2))}, "[3], [3, 2]"),
         ({"mu": np.zeros(()), "sigma": np.zeros((1, 1))}, "[], [1, 1]"),
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "finite"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.4, 1.0]])}, "sigma must be symmetric"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2.0], [2.0, 1.0]])}, "no negative eigenvalue"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no negative eigenvalue"),
         ({"mu": np.array([Payload(tmp_path / "made")]), "sigma": np.zeros((1, 1))}, "mu and sigma"),
         ({"mu": np.array(["a"]), "sigma": np.zeros((1, 1))}, "mu and sigma"),
     ]

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from klray.errors import UserError
+from klray.sampling import image_files
 from klray.sampling.draw import image_grid
-from klray.sampling.image_files import MOST_IN_GRID, check_targets, open_target
+from klray.sampling.image_files import MOST_IN_GRID, check_targets, open_targets
 
 SEEDS = [[3, 4, 5], [12], [123456789, 7]]
 KINDS = ["images", "images.zip", "images.npz", "grid.png"]
@@ -29,8 +30,7 @@ def images(channels: int, count: int = 6, size: int = 8) -> Tensor:
 def write(path: Path, channels: int = 1) -> Tensor:
     """Six images in three batches, as sampling hands them over."""
     every = images(channels)
-    check_targets([path])
-    with open_target(path) as writer:
+    with open_targets([path]) as writer:
         for seeds, batch in zip(SEEDS, every.split([3, 1, 2]), strict=True):
             writer(seeds, batch)
     return every
@@ -97,7 +97,7 @@ def test_a_png_holds_the_grid(channels: int, tmp_path: Path) -> None:
 
 def test_a_grid_has_its_most_images(tmp_path: Path) -> None:
     every = images(1, count=MOST_IN_GRID + 10, size=2)
-    with open_target(tmp_path / "grid.png") as writer:
+    with open_targets([tmp_path / "grid.png"]) as writer:
         for i, batch in enumerate(every.split(100)):
             writer(range(100 * i, 100 * i + len(batch)), batch)
     picture = from_png(tmp_path / "grid.png", "RGB").permute(1, 2, 0)
@@ -124,7 +124,7 @@ def test_the_same_images_are_the_same_bytes(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_in_the_middle_leaves_nothing(kind: str, stop: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(stop), open_target(tmp_path / kind) as writer:
+    with pytest.raises(stop), open_targets([tmp_path / kind]) as writer:
         writer([0, 1, 2], images(1)[:3])
         assert not (tmp_path / kind).exists()
         raise stop
@@ -135,7 +135,7 @@ def test_an_error_in_the_middle_leaves_nothing(kind: str, stop: type[BaseExcepti
 def test_an_error_in_the_middle_leaves_the_file_that_was_there(kind: str, tmp_path: Path) -> None:
     write(tmp_path / kind)
     before = (tmp_path / kind).read_bytes()
-    with pytest.raises(RuntimeError), open_target(tmp_path / kind) as writer:
+    with pytest.raises(RuntimeError), open_targets([tmp_path / kind]) as writer:
         writer([0], images(3)[:1])
         raise RuntimeError
     assert (tmp_path / kind).read_bytes() == before
@@ -159,10 +159,58 @@ def test_what_a_killed_process_left_is_no_part_of_the_next(kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_file_is_replaced(kind: str, tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_where_it_may_be(kind: str, tmp_path: Path) -> None:
     (tmp_path / kind).write_text("an older one")
+    with pytest.raises(UserError, match=f"{kind} exists; choose another name, or replace it with --overwrite"):
+        check_targets([tmp_path / kind])
+    check_targets([tmp_path / kind], overwrite=True)
     write(tmp_path / kind)
     assert (tmp_path / kind).stat().st_size > 200
+
+
+def write_all(paths: list[Path]) -> None:
+    with open_targets(paths) as writer:
+        for seeds, batch in zip(SEEDS, images(1).split([3, 1, 2]), strict=True):
+            writer(seeds, batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_are_opened_before_the_first_image(kind: str, tmp_path: Path) -> None:
+    """Where one cannot be, no other is left half made."""
+    (tmp_path / "file").touch()
+    before = everything(tmp_path)
+    with (
+        pytest.raises(UserError, match="file/bad.png cannot be written: "),
+        open_targets([tmp_path / kind, tmp_path / "file" / "bad.png"]),
+    ):
+        pytest.fail("it was opened")
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("moment", ["write", "close"])
+@pytest.mark.parametrize("bad", KINDS)
+def test_one_that_fails_later_does_not_take_the_others_along(
+    bad: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = image_files._KINDS[Path(bad).suffix]
+
+    def full(self: object, *args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kind, moment, full)
+    with pytest.raises(UserError) as caught:
+        write_all([tmp_path / each for each in KINDS])
+    message = f"--out {tmp_path / bad} cannot be written: No space left on device; the others are written"
+    assert str(caught.value) == message
+    assert {path.name for path in tmp_path.iterdir()} == set(KINDS) - {bad}
+    with pytest.raises(UserError, match=r"No space left on device$"):  # none is left: nothing more is drawn
+        write_all([tmp_path / "again" / bad])
+    assert everything(tmp_path / "again") == []
+
+
+def test_an_error_in_drawing_is_not_blamed_on_the_place(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="the network's file"), open_targets([tmp_path / "a.png"]):
+        raise OSError("the network's file")
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
