@@ -179,9 +179,9 @@ def test_a_killed_driver_loses_no_trial_and_repeats_none(tmp_path: Path) -> None
     lr = {"optimizer.lr": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}}
     file = space_file(
         tmp_path,
-        set={**TINY, "validation.every_images": 8000, "checkpoint.every_images": 2000},
+        set={**TINY, "validation.every_images": 4000, "checkpoint.every_images": 1000},
         parameters=lr,
-        budget={"unit": "images", "amount": 24000},
+        budget={"unit": "images", "amount": 12000},
         sampler="random",
         trials=3,
         concurrency=1,
@@ -217,7 +217,7 @@ def test_a_killed_driver_loses_no_trial_and_repeats_none(tmp_path: Path) -> None
     for number in range(3):
         records = [record for record, _ in read_records(folder / "trials" / f"{number:04d}")]
         assert [r["status"] for r in records if r["kind"] == "status"].count("FINISHED") == 1
-        assert history(folder / "trials" / f"{number:04d}")["images_seen"][-1][1] == 24000
+        assert history(folder / "trials" / f"{number:04d}")["images_seen"][-1][1] == 12000
     assert len(list((folder / "trials").iterdir())) == 3
 
 
