@@ -100,5 +100,5 @@ def save_pipeline(
     times = torch.arange(1001, dtype=torch.float64) / 1000
     alpha = process.alpha(times)
     betas = 1 - (alpha[1:] / alpha[:-1]).square()
-    scheduler = DDIMScheduler(trained_betas=betas.numpy(), clip_sample=clip_x0, set_alpha_to_one=False)
+    scheduler = DDIMScheduler(trained_betas=betas.numpy(), clip_sample=clip_x0)
     DDIMPipeline(unet=plain, scheduler=scheduler).save_pretrained(folder)
