@@ -177,7 +177,8 @@ def stored(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        reason = "the study or a trial of it was deleted meanwhile; the same command again goes on with what is left"
+        reason = "the study or a trial of it was deleted meanwhile; the same command again goes on with what is left, "
+        reason += "another --name begins anew"
         raise RunError(f"{file} must keep the study while it runs: {reason}") from error
     except UpdateFinishedTrialError as error:
         reason = "a running trial was ended there by another program; the same command again goes on"
