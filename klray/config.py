@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from klray.cli import MOST_IMAGES, MOST_IN_BATCH
 from klray.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -180,20 +181,20 @@ class Sampling(_Section):
     channels_last: bool = False
     term_chunk: PositiveInt | None = None  # terms evaluated at once; null: as many as make 512 rows of the network
     every_images: PositiveInt = 50_000
-    images: PositiveInt = 64
-    batch_size: PositiveInt = 64
+    images: int = Field(default=64, gt=0, le=10_000)
+    batch_size: int = Field(default=64, gt=0, le=MOST_IN_BATCH)
 
 
 class Evaluation(_Section):
     """Scores during training, by sampling.*, in another process of low priority: training does not wait for them."""
 
     every_images: int = Field(default=0, ge=0)  # 0: none
-    num_samples: int = Field(default=1000, ge=2)
+    num_samples: int = Field(default=1000, ge=2, le=MOST_IMAGES)
     metrics: list[str] = ["kid"]
     features: str | None = None  # null: inception if its weights can be had, else efficientnet_lite0
     inception_weights: str | None = None
     reference: Literal["train", "held_out"] = "train"
-    batch_size: PositiveInt = 64
+    batch_size: int = Field(default=64, gt=0, le=MOST_IN_BATCH)
     device: Literal["auto", "cpu"] = "auto"
     workers: PositiveInt = 1  # more than one: on Ray, beside those that train
 

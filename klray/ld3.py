@@ -10,12 +10,15 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klray.cli import Parser, add_final_flag, columns, options_of, run_command
+from klray.cli import Parser, add_final_flag, columns, image_seeds, options_of, run_command
 
 if TYPE_CHECKING:
     from klray.sampling.model import Model
     from klray.schedules.ask import Ask, Job
     from klray.schedules.job import Measuring
+
+
+MOST_SEEDS = 1000
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -80,6 +83,9 @@ def _ld3(args: Namespace) -> int:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise AskError(f"--{flag.replace('_', '-')} must be >= {least}, got {value}")
+    if args.seeds > MOST_SEEDS:
+        raise AskError(f"--seeds must be at most {MOST_SEEDS}, got {args.seeds}: each is a fit of its own")
+    image_seeds("--num-samples and --repeats", 0, args.num_samples * args.repeats)
     if args.num_samples == 1:
         raise AskError("--num-samples must be 0, for no images, or >= 2, got 1")
     uri = None if args.tracking_uri == "off" else args.tracking_uri

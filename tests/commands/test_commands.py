@@ -79,6 +79,7 @@ BAD_SETTINGS = {
     "optimizer.lr=[": "the value of --set optimizer.lr is not valid YAML: '['",
     "network.init_from=nowhere": "nowhere; give a run's folder or a checkpoint's",
     "process.num_terms=20000": "process.num_terms must be less than or equal to 1024, got 20000",
+    "sampling.images=99999999999": "sampling.images must be less than or equal to 10000, got 99999999999",
     "sampling.num_steps=100000000": "sampling.num_steps must be less than or equal to 10000, got 100000000",
     "data.channels=3": "data.channels must be 1 for these images, got 3",
 }

@@ -89,6 +89,8 @@ REFUSED = {
     "--set takes KEY=VALUE, got 'lr'": ["--set", "lr"],
     "--teacher-solver must be one of": ["--teacher-solver", "rk45"],
     "--teacher-timesteps must be one of": ["--teacher-timesteps", "karras"],
+    "--seeds must be at most 1000, got 99999999999: each is a fit of its own": ["--seeds", "99999999999"],
+    "--num-samples and --repeats must ask for at most 10,000,000 images": ["--num-samples", "99999999999"],
     "--pairs must be at most 1000000, got 99999999999": ["--pairs", "99999999999"],
     "--teacher-nfe must be at most 10000, got 100000000": ["--teacher-nfe", "100000000"],
     "sampling.nfe must be less than or equal to 10000, got 100000000": ["--nfe", "100000000"],
