@@ -19,6 +19,7 @@ from klray.evaluation.job import Cell, EvaluationTask, Features, measure, refere
 from klray.evaluation.record import EvaluationRun, Row
 from klray.evaluation.reference import Reference, load_reference, read_npz
 from klray.evaluation.scores import check_metrics, check_reference
+from klray.evaluation.verdicts import solver_of
 from klray.runs.checkpoint import read_state
 from klray.runs.provenance import git_commit, hardware
 from klray.sampling.draw import Drawing, image_grid
@@ -173,7 +174,12 @@ def text_of(rows: Sequence[Row]) -> list[list[str]]:
     scores = [key for key in rows[0] if key not in (*COLUMNS, "options", "final", "grid")]
     lines = [[*COLUMNS, *scores]]
     return lines + [
-        [*(str(row[key]) for key in COLUMNS), *(f"{row.get(key, float('nan')):.5g}" for key in scores)] for row in rows
+        [
+            solver_of(row),
+            *(str(row[key]) for key in COLUMNS[1:]),
+            *(f"{row.get(key, float('nan')):.5g}" for key in scores),
+        ]
+        for row in rows
     ]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from klray.evaluation.verdicts import solver_of
+
 Row = Mapping[str, Any]
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "v", "D", "x")
@@ -20,7 +22,7 @@ def quality_figure(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> N
         rows: with ``solver``, ``timesteps``, ``nfe``, ``network_evals`` and the metrics; ``<metric>_sd`` is drawn as a
             bar where it is there.
     """
-    solvers, grids = (list(dict.fromkeys(row[key] for row in rows)) for key in ("solver", "timesteps"))
+    solvers, grids = (list(dict.fromkeys(each)) for each in zip(*_by_method(rows), strict=True))
     figure, axes = _figure(len(metrics), 2, width=6.0, height=4.2)
     for line, metric in enumerate(metrics):
         for column, (key, label) in enumerate(
@@ -56,9 +58,10 @@ def overview_figure(rows: Sequence[Row], pictures: Sequence[np.ndarray], path: P
     for axis in axes.flat:
         axis.axis("off")
     for row, picture in zip(rows, pictures, strict=True):
-        axis = axes[methods.index((row["solver"], row["timesteps"]))][budgets.index(row["nfe"])]
+        solver = solver_of(row)
+        axis = axes[methods.index((solver, row["timesteps"]))][budgets.index(row["nfe"])]
         axis.imshow(picture, interpolation="nearest")
-        axis.set_title(f"{row['solver']}\n{row['timesteps']}, NFE {row['nfe']}", fontsize=7)
+        axis.set_title(f"{solver}\n{row['timesteps']}, NFE {row['nfe']}", fontsize=7)
     _save(figure, path)
 
 
@@ -102,7 +105,7 @@ def rows_figure(pictures: Mapping[str, np.ndarray], title: str, path: Path) -> N
 def _by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     methods: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        methods.setdefault((row["solver"], row["timesteps"]), []).append(row)
+        methods.setdefault((solver_of(row), row["timesteps"]), []).append(row)
     return methods
 
 

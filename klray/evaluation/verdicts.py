@@ -10,6 +10,14 @@ LEARNED = "learned"
 LEVEL = 0.05  # of the two-sided test
 
 
+def solver_of(row: Mapping[str, Any]) -> str:
+    """The solver's name with what else tells its rows apart: options, and noise that is kept."""
+    kept = {"final": "keep"} if row.get("final") == "keep" else {}
+    return row["solver"] + "".join(
+        f",{key}={value}" for key, value in sorted({**row.get("options", {}), **kept}.items())
+    )
+
+
 def quality_rows(measured: Sequence[Mapping[str, Any]], score: str, repeats: int) -> list[dict[str, Any]]:
     """One row for each solver and NFE: the score of every grid with its deviation over blocks of seeds, and a verdict.
 
@@ -22,8 +30,7 @@ def quality_rows(measured: Sequence[Mapping[str, Any]], score: str, repeats: int
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for each in measured:
-        options = "".join(f",{key}={value}" for key, value in sorted(each.get("options", {}).items()))
-        key = (each["solver"] + options, each["nfe"])
+        key = (solver_of(each), each["nfe"])
         row = rows.setdefault(key, {"solver": key[0], "nfe": key[1]})
         row[each["timesteps"]] = each[score]
         if f"{score}_sd" in each:

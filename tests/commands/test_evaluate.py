@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from klray import evaluate, train
+from klray.evaluation.cells import text_of
 from klray.evaluation.figures import overview_figure, quality_figure
 from klray.parallel.mesh import Mesh
 from klray.runs.records import history
@@ -243,6 +245,24 @@ class Squares:
 
 def test_one_worker_needs_no_ray() -> None:
     assert list(spread(Squares(), [3, 1, 2], workers=1)) == [9, 1, 4]
+
+
+def test_what_tells_cells_apart_is_shown() -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "solver": "unipc_2",
+            "timesteps": "edm",
+            "nfe": 4,
+            "network_evals": 4,
+            "options": {},
+            "final": "denoise",
+            "kid": 1.0,
+        }
+    ]
+    rows += [{**rows[0], "options": {"variant": "bh2"}}, {**rows[0], "final": "keep"}]
+    header, *lines = text_of(rows)
+    assert header == ["solver", "timesteps", "nfe", "network_evals", "kid"]
+    assert [line[0] for line in lines] == ["unipc_2", "unipc_2,variant=bh2", "unipc_2,final=keep"]
 
 
 def test_figures_draw_every_method(tmp_path: Path) -> None:
