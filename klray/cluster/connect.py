@@ -104,6 +104,15 @@ def _resources() -> tuple[int, int]:
     return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
 
 
+def free_in_words() -> str:
+    """What of the cluster is free: 1 of 4 CPUs, 0 of 2 GPUs are free."""
+    import ray
+
+    free, whole = ray.available_resources(), ray.cluster_resources()
+    parts = [f"{free.get(name, 0):g} of {whole[name]:g} {name}s" for name in ("CPU", "GPU") if whole.get(name)]
+    return f"{', '.join(parts)} are free"
+
+
 def cpu_share(workers: int) -> float:
     """The most CPUs that each of so many workers can have, none of them on two nodes; a part where CPUs are fewer.
 

@@ -6,12 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from klray.cluster.connect import cluster_size, cpu_share
+from klray.cluster.connect import cluster_size, cpu_share, free_in_words
 from klray.cluster.places import free_orphans, wait_until_free
 from klray.evaluation.job import Features
 from klray.runs.records import RecordWriter
@@ -23,7 +23,13 @@ from klray.training.job import SharedImages, runs_at_once
 
 _DEATHS = 3  # of a trial's process, before the trial counts as failed
 
-Watch = Callable[[str, int, Mapping[str, Any]], None]  # (what happened, trial's number, its result)
+
+class Watch(Protocol):
+    """Told (what happened, trial's number, its result), and all the time how to ask what of the cluster is free."""
+
+    def __call__(self, event: str, number: int, result: Mapping[str, Any]) -> None: ...
+
+    def silent(self, cluster: Callable[[], str]) -> None: ...
 
 
 def run_study(
@@ -100,6 +106,8 @@ def run_study(
     except Exception as error:
         raise search.lost or error from error
     wait_until_free(seconds=30)  # of trials that were stopped last
+    if not search.whole():  # Tune returns at the first Ctrl-C as if it were done
+        raise KeyboardInterrupt
 
 
 def concurrency(space: Space, workers: int, gpus_per_worker: float = 1) -> int:
@@ -140,6 +148,7 @@ class _Watcher(tune.Callback):
     def on_step_end(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
         if time.monotonic() - self._freed_at >= 1:
             free_orphans()
+            self._watch.silent(free_in_words)
             self._freed_at = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:

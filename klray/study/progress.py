@@ -9,6 +9,7 @@ from typing import Any
 from klray.cli import duration
 from klray.study.space import Space
 
+PATIENCE_S = 120.0  # before it is said that nothing is heard
 ENDS = ("finished", "pruned", "failed")
 
 
@@ -22,9 +23,23 @@ class StudyProgress:
         self._ended = 0
         self._spent = 0.0  # budgets used by trials that ended since the start
         self._began = time.monotonic()
-        self._shown_at = self._began
+        self._shown_at = self._heard_at = self._began
+        self._patience = PATIENCE_S
+
+    def silent(self, cluster: Callable[[], str]) -> None:
+        """Called all the time; a line where trials tell nothing for long, after twice as long the next.
+
+        Args:
+            cluster: what of it is free, in words.
+        """
+        quiet = time.monotonic() - self._heard_at
+        if self._running and quiet >= self._patience:
+            self._patience *= 2
+            numbers = ", ".join(map(str, sorted(self._running)))
+            self.show(f"  no look at trials {numbers} for {duration(quiet)}; {cluster()}")
 
     def __call__(self, event: str, number: int, result: Mapping[str, Any]) -> None:
+        self._heard_at, self._patience = time.monotonic(), PATIENCE_S
         if event == "started":
             self._chosen[number] = result["chosen"]
             self._running[number] = {}

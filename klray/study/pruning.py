@@ -27,8 +27,9 @@ def pruner(scheduler: Scheduler) -> BasePruner:
 class RungPruner(BasePruner):
     """Asynchronous successive halving: at every rung the best 1/``factor`` of the trials that have reached it go on.
 
-    A rung is decided once ``factor`` trials have reached it, and then for all of them, at their next look. Optuna's
-    own SuccessiveHalvingPruner lets the first ones at a rung pass for good, however bad they turn out to be.
+    A rung is decided once more than ``factor`` trials have reached it, and then for all of them, at their next look.
+    Optuna's own SuccessiveHalvingPruner decides by one rival, and lets the first at a rung pass for good, however bad
+    it turns out to be.
     """
 
     def __init__(self, first: int, factor: int) -> None:
@@ -48,7 +49,7 @@ class RungPruner(BasePruner):
             rivals = [sign * _at(other, rung) for other in others if (other.last_step or 0) >= rung]
             reached = len(rivals) + 1
             better = sum(value < own for value in rivals)
-            if reached >= self._factor and better >= math.ceil(reached / self._factor):
+            if reached > self._factor and better >= math.ceil(reached / self._factor):
                 return True
             rung *= self._factor
         return False

@@ -67,8 +67,7 @@ class StudySearch(Searcher):
                 self._trials[trial_id] = optuna.Trial(self.study, kept._trial_id)
                 return _told(kept)
             begun = latest(self.study)
-            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if (self.space.sampler == "grid" and not waiting) or len(begun) >= self.space.trials:
+            if self._enough(begun):
                 return Searcher.FINISHED
             trial = self.study.ask()
             chosen = self.space.suggest(trial)
@@ -77,6 +76,16 @@ class StudySearch(Searcher):
             trial.set_user_attr("chosen", chosen)
             self._trials[trial_id] = trial
             return _told(_frozen(self.study, trial))
+
+    def whole(self) -> bool:
+        """Whether all trials have been begun and have ended."""
+        with self._stored():
+            begun = latest(self.study)
+            return self._enough(begun) and all(trial.state.is_finished() for trial in begun)
+
+    def _enough(self, begun: list[FrozenTrial]) -> bool:
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return (self.space.sampler == "grid" and not waiting) or len(begun) >= self.space.trials
 
     def keep(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """Keeps a look at a trial that goes on; whether it is to be stopped, by what is kept of all."""

@@ -188,6 +188,19 @@ def test_a_setting_that_comes_again_has_other_seeds(tmp_path: Path) -> None:
     assert searcher.suggest("more") == "FINISHED"
 
 
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_a_study_is_whole_when_all_its_trials_have_ended(sampler: str, tmp_path: Path) -> None:
+    searcher = search(tmp_path, sampler=sampler)
+    for name in "ab":
+        told(searcher, name)
+    searcher.on_trial_complete("a", whole(0.5))
+    assert not searcher.whole()
+    searcher.on_trial_complete("b", {ERROR: "the disk is full"})
+    assert searcher.whole()
+    assert search(tmp_path, sampler=sampler).whole()
+    assert not search(tmp_path, sampler=sampler, retry_failed=True).whole()
+
+
 # Early stopping
 
 
@@ -226,11 +239,12 @@ def test_nothing_is_stopped_before_its_time_or_after_its_budget(tmp_path: Path) 
 
 def test_a_restarted_driver_remembers_the_rungs(tmp_path: Path) -> None:
     first = search(tmp_path, **STUDY)
-    for name, value in (("a", 0.1), ("b", 0.2)):
+    for name, value in (("a", 0.1), ("b", 0.2), ("c", 0.1)):
         told(first, name)
         assert not first.keep(name, {"val/eps_mse": value, PERCENT: 20})
-    first.keep("a", {"val/eps_mse": 0.1, PERCENT: 40})
-    first.on_trial_complete("a", whole(0.1))
+    for name in "ac":
+        assert not first.keep(name, {"val/eps_mse": 0.1, PERCENT: 40})
+        first.on_trial_complete(name, whole(0.1))
     again = search(tmp_path, **STUDY)
     assert told(again, "b")["number"] == 1
     assert not again.keep("b", {"val/eps_mse": 0.2, PERCENT: 20})  # it comes by again

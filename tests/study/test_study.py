@@ -21,9 +21,12 @@ import ray
 from optuna.trial import TrialState
 
 from klray import tune
+from klray.cluster.connect import free_in_words
 from klray.cluster.places import free_orphans
 from klray.config import Config
 from klray.runs.records import history, read_records
+from klray.study.progress import StudyProgress
+from klray.study.search import FINISHED, PERCENT, StudySearch
 from klray.study.space import load_space
 from tests.study.spaces import TINY, space_file
 
@@ -117,7 +120,7 @@ def other_cluster() -> Iterator[None]:
 @pytest.mark.usefixtures("other_cluster")
 def test_bad_settings_are_pruned_and_free_their_workers(tmp_path: Path) -> None:
     """Beside another cluster, where Ray's own helper that frees them finds two; a trial waits for each one's places."""
-    parameters = {"optimizer.lr": {"type": "categorical", "choices": [1e-2, 1e-8, 1e-9]}}
+    parameters = {"optimizer.lr": {"type": "categorical", "choices": [1e-2, 5e-3, 1e-8, 1e-9]}}
     budget, scheduler = (
         {"unit": "images", "amount": 25600},
         {"kind": "asha", "reduction_factor": 2, "min_fraction": 0.1},
@@ -125,17 +128,24 @@ def test_bad_settings_are_pruned_and_free_their_workers(tmp_path: Path) -> None:
     settings = {**TINY, "validation.every_images": 640}  # rare looks: Tune has time to stop a trial between two
     workers = int(ray.cluster_resources()["CPU"])  # of a trial: two have no place beside each other
     settings["optimizer.batch_size"] = 8 * workers
-    changes = {"parameters": parameters, "budget": budget, "scheduler": scheduler, "trials": 3}
+    changes = {"parameters": parameters, "budget": budget, "scheduler": scheduler, "trials": 4}
     file = space_file(tmp_path, set=settings, **changes)
+    folder = tmp_path / "studies" / "study"
+    folder.mkdir(parents=True)
+    search = StudySearch(load_space(file), folder)
+    for name in ("good", "better"):  # as if they had been trained
+        assert search.suggest(name) != "FINISHED"
+        search.keep(name, {"val/eps_mse": 0.1, PERCENT: 10})
+        search.on_trial_complete(name, {FINISHED: [0.1], "values": [[0.1]]})
     command = ["--space", str(file), "--name", "study", "--workers", str(workers), "--tracking-uri", "off"]
     assert tune.main(command) == 0
-    good, bad, worse = trials_of(tmp_path / "studies" / "study")
-    assert [t.state for t in (good, bad, worse)] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+    _, _, bad, worse = trials_of(folder)
+    assert (bad.state, worse.state) == (TrialState.PRUNED, TrialState.PRUNED)
     assert bad.intermediate_values  # what it was judged by
-    with (tmp_path / "studies" / "study" / "results.csv").open() as table:
+    with (folder / "results.csv").open() as table:
         row = next(row for row in csv.DictReader(table) if row["trial"] == str(bad.number))
     assert float(row["val/eps_mse"]) == bad.intermediate_values[max(bad.intermediate_values)]
-    run_dir = tmp_path / "studies" / "study" / "trials" / f"{bad.number:04d}"
+    run_dir = folder / "trials" / f"{bad.number:04d}"
     used = history(run_dir)["budget_used"][-1][1]
     assert [r["status"] for r, _ in read_records(run_dir) if r["kind"] == "status"] == ["RUNNING", "KILLED"]
     assert used < 0.9
@@ -281,6 +291,20 @@ def test_what_every_trial_would_fail_by_is_refused_before_the_first(
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "studies").exists()
+
+
+def test_a_study_that_hears_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    progress = StudyProgress(load_space(space_file(tmp_path)), shown.append)
+    monkeypatch.setattr("klray.study.progress.PATIENCE_S", 0.0)
+    progress("started", 3, {"chosen": {}})
+    progress.silent(free_in_words)
+    assert "no look at trials 3 for" in shown[-1]
+    assert "CPUs are free" in shown[-1]
+    progress("finished", 3, {})
+    ended = len(shown)
+    progress.silent(free_in_words)
+    assert len(shown) == ended
 
 
 def test_the_space_is_kept_with_the_study(tmp_path: Path) -> None:
