@@ -57,6 +57,7 @@ def test_lpips_has_gradients(files: tuple[Path, Path]) -> None:
     assert bool((closer < distance(a, images(2, 1))).all())
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     torch.save([1], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("no weights")

@@ -128,6 +128,8 @@ def test_numbers_are_the_same_bits_twice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.essential
 def test_the_kernels_pass_the_tests_of_numbers() -> None:
     pytest.importorskip("triton")
     done = subprocess.run(

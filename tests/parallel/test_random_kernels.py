@@ -52,6 +52,8 @@ print("as the plain ones")
 """
 
 
+@pytest.mark.slow
+@pytest.mark.essential
 def test_the_kernels_draw_the_same_bits() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
