@@ -171,7 +171,7 @@ def evaluate_cells(
 
 def text_of(rows: Sequence[Row]) -> list[list[str]]:
     """The rows as lines of texts, the header first."""
-    scores = [key for key in rows[0] if key not in (*COLUMNS, "options", "final", "grid")]
+    scores = [key for key in rows[0] if key not in (*COLUMNS, "options", "final", "amp", "grid")]
     lines = [[*COLUMNS, *scores]]
     return lines + [
         [
@@ -187,6 +187,8 @@ def describe(cell: Cell) -> dict[str, Any]:
     """What tells a cell from others."""
     nfe = build_sampler(cell.sampling, cell.grid).nfe
     settings = cell.sampling.model_dump(mode="json", include={"solver", "timesteps", "options", "final"})
+    if cell.sampling.amp != "auto":  # a precision that was asked for, not the machine's
+        settings["amp"] = cell.sampling.amp
     points = {} if cell.grid is None else {"grid": asdict(cell.grid)}
     return {**settings, **points, "nfe": nfe}
 

@@ -11,8 +11,8 @@ LEVEL = 0.05  # of the two-sided test
 
 
 def solver_of(row: Mapping[str, Any]) -> str:
-    """The solver's name with what else tells its rows apart: options, and noise that is kept."""
-    kept = {"final": "keep"} if row.get("final") == "keep" else {}
+    """The solver's name with what else tells its rows apart: options, noise that is kept, a precision asked for."""
+    kept = {key: row[key] for key in ("final", "amp") if row.get(key) not in (None, "denoise")}
     return row["solver"] + "".join(
         f",{key}={value}" for key, value in sorted({**row.get("options", {}), **kept}.items())
     )

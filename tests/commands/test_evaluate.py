@@ -139,6 +139,16 @@ def test_a_table_of_cells_grows_and_finished_cells_are_kept(
     assert metrics["network_evals"] == [(32, 8.0)]
 
 
+def test_a_precision_that_was_asked_for_has_cells_of_its_own(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--nfe", "2", "--out", "out", *SMALL, *ONCE]
+    assert run(model, *argv) == 0
+    assert run(model, *argv, "--amp", "bf16") == 0
+    assert "ddim,amp=bf16" in capsys.readouterr().out
+    assert len(list(Path("out").glob("*/cells/*/result.json"))) == 2
+
+
 def test_blocks_of_seeds_are_averaged(model: Path, tmp_path: Path) -> None:
     """Three by default. Of one block no deviation is shown: subsets of its images would hide how far KID varies."""
     argv = ["--nfe", "2", *SMALL]
