@@ -140,6 +140,7 @@ class Precision(_Section):
 class Mesh(_Section):
     data: PositiveInt | None = None  # null: the workers that the basis axis leaves
     basis: PositiveInt | Literal["auto"] = 1
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of the sums; auto: nccl where each worker has a GPU of its own
 
 
 class Budget(_Section):

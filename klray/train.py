@@ -229,17 +229,17 @@ def _in_process(
     import torch
     import torch.distributed as dist
 
+    from klray.parallel.mesh import collective_backend
     from klray.training.recorded import train_and_record
 
-    device, backend = torch.device("cpu"), "gloo"
+    device, shared = torch.device("cpu"), False
     if torch.cuda.is_available():
         cards = torch.cuda.device_count()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % cards)
         torch.cuda.set_device(device)
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= cards:  # NCCL refuses two ranks on one GPU
-            backend = "nccl"
+        shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > cards
     if mesh_shape != (1, 1):
-        dist.init_process_group(backend)
+        dist.init_process_group(collective_backend(config.mesh.backend, device, shared_gpu=shared))
     try:
         train_and_record(config, data, mesh_shape=mesh_shape, device=device, run_dir=run_dir, provenance=provenance)
     finally:

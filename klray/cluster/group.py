@@ -38,21 +38,18 @@ def open_store(size: int) -> tuple[dist.TCPStore, Address]:
     return store, (host, port)
 
 
-def join_group(
-    rank: int, size: int, device: torch.device, store: dist.TCPStore | Address, *, shared_gpu: bool = False
-) -> None:
+def join_group(rank: int, size: int, device: torch.device, store: dist.TCPStore | Address, backend: str) -> None:
     """Makes torch.distributed's default process group; each of ``size`` ranks calls it.
 
     Args:
         store: rank 0's own, or its address.
-        shared_gpu: several ranks may be on one GPU, which NCCL refuses.
+        backend: ``nccl`` or ``gloo``.
     """
-    nccl = device.type == "cuda" and not shared_gpu
     dist.init_process_group(
-        "nccl" if nccl else "gloo",
+        backend,
         store=store if isinstance(store, dist.TCPStore) else dist.TCPStore(*store, size, False, _TIMEOUT),
         rank=rank,
         world_size=size,
         timeout=_TIMEOUT,
-        device_id=device if nccl else None,
+        device_id=device if backend == "nccl" else None,
     )

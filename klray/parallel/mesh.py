@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -41,6 +42,19 @@ def resolve_mesh(
         near = max(data, round(batch_size / data) * data)
         raise MeshError(f"optimizer.batch_size must be a multiple of mesh.data = {data}, got {batch_size}; try {near}")
     return data, basis
+
+
+def collective_backend(choice: str, device: torch.device, *, shared_gpu: bool) -> str:
+    """``nccl`` or ``gloo`` for a ``mesh.backend``. NCCL refuses several ranks on one GPU, gloo goes through the CPU.
+
+    Raises:
+        MeshError: for nccl where it cannot work.
+    """
+    fits = device.type == "cuda" and not shared_gpu
+    if choice == "nccl" and not fits:
+        there = "several workers share one" if shared_gpu else f"they train on {device.type}"
+        raise MeshError(f"mesh.backend nccl needs a GPU for each worker, and {there}; use auto or gloo")
+    return choice if choice != "auto" else "nccl" if fits else "gloo"
 
 
 @dataclass(frozen=True)

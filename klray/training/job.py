@@ -23,6 +23,7 @@ from klray.cluster.group import JoinedByWorkers, join_group, open_store
 from klray.config import Config
 from klray.data.sources import ImageData
 from klray.errors import RunError, UserError
+from klray.parallel.mesh import collective_backend
 from klray.runs.records import RecordWriter
 from klray.training.loop import NonFiniteError
 from klray.training.recorded import train_and_record
@@ -224,7 +225,8 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     if size > 1:
         store, address = open_store(size) if rank == 0 else (None, None)
         address = broadcast_from_rank_zero(address)
-        join_group(rank, size, device, address if store is None else store, shared_gpu=shared_gpu)
+        backend = collective_backend(settings["config"].mesh.backend, device, shared_gpu=shared_gpu)
+        join_group(rank, size, device, address if store is None else store, backend)
     try:
         blind = _blind_machines(settings["run_dir"], size)
         if blind:
