@@ -67,7 +67,7 @@ class Yardstick:
         check_metrics(self.metrics)
         if self.reference.endswith(".npz"):
             reference = read_npz(Path(self.reference))
-            check_reference(self.metrics, reference)
+            check_reference(self.metrics, reference, self.features.name)
             return reference
         if self.reference not in ("train", "held_out"):
             raise ConfigError(f"--reference must be train, held_out or an .npz file, got {self.reference!r}")

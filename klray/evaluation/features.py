@@ -21,6 +21,7 @@ INCEPTION = "inception"
 EFFICIENTNET = "efficientnet_lite0"
 INCEPTION_SHA256_PREFIX = "6726825d"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+DIMENSIONS = {INCEPTION: 2048, EFFICIENTNET: 1280}  # d, of those whose features others publish moments of
 DOWNLOAD_TIMEOUT = 8.0  # seconds without an answer
 
 _FIDELITY_INCEPTION = "inception-v3-compat"

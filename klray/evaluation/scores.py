@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from klray.errors import UserError
+from klray.evaluation.features import DIMENSIONS
 from klray.evaluation.reference import Reference
 from klray.evaluation.statistics import Moments
 
@@ -37,12 +38,21 @@ def check_metrics(metrics: Sequence[str]) -> None:
             raise UserError(f"metric {metric!r} is not one of {', '.join(METRICS)}; the nearest is {nearest}")
 
 
-def check_reference(metrics: Sequence[str], reference: Reference) -> None:
+def check_reference(metrics: Sequence[str], reference: Reference, features: str = "") -> None:
     """Refuses metrics that the reference cannot serve.
 
     Raises:
-        UserError: for one that needs images, where only their moments are known.
+        UserError: for one that needs images, where only their moments are known, and for moments of other features
+            than the named ones, where that can be told before an image is drawn.
     """
+    found = len(reference.moments.mean)
+    if found != DIMENSIONS.get(features, found):
+        of = next((name for name, size in DIMENSIONS.items() if size == found), None)
+        way_out = f"use --features {of}" if of else "give another file"
+        raise UserError(
+            f"--reference {reference.name} holds features of {found} dimensions, those of {features} have "
+            f"{DIMENSIONS[features]}; {way_out}"
+        )
     for metric in metrics:
         if metric in ("kid", "pr") and reference.features is None:
             raise UserError(f"{metric} needs images to compare with; {reference.name} holds moments only: use fid")

@@ -101,6 +101,11 @@ def test_a_reference_of_moments_serves_fid_only(
     assert run(model, *argv, "--metrics", "kid", "--out", "a") == 2
     assert "moments only: use fid" in capsys.readouterr().err
     assert not Path("a").exists()
+    np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    assert run(model, "--reference", "inception.npz", *argv[2:], "--metrics", "fid", "--out", "a") == 2
+    told = capsys.readouterr().err
+    assert "features of 2048 dimensions, those of efficientnet_lite0 have 1280; use --features inception" in told
+    assert not Path("a").exists()
     assert run(model, *argv, "--metrics", "fid", "--out", "b") == 0
     assert "FID of 8 images is biased upwards" in capsys.readouterr().out
     (result,) = Path("b").glob("*/cells/*/result.json")

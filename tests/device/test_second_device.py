@@ -98,6 +98,8 @@ def test_the_host_waits_for_nothing_that_a_gpu_does_alone(case: str, both: Both)
 
 @pytest.mark.parametrize("case", WAITS)
 def test_the_host_waits_where_it_does_for_a_gpu(case: str, both: Both) -> None:
+    if case == "equality" and both.there.device.type == "cuda":
+        pytest.skip("CUDA's debug mode does not tell of this wait")
     assert waits(WAITS[case], both)
 
 
