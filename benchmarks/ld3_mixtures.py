@@ -27,7 +27,8 @@ from klray.core.schedule import VPLinear
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.schedules.fit import fit_timesteps
-from klray.schedules.fit_settings import ADAM, FitSettings
+from klray.schedules.fit_settings import FitSettings
+from klray.schedules.learners import ADAM
 from klray.schedules.perceptual import l2
 from klray.schedules.teacher import Teacher, TeacherPairs
 

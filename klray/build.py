@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,66 +10,97 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klray import registry
 from klray.config import Config, ConfigError, Sampling
 from klray.core.denoiser import Denoiser, TermDenoiser
 from klray.core.finish import solve
-from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.learned_timesteps import scaled
 from klray.core.losses import PredictTerms
-from klray.core.process import Ensemble, NoiseProcess, SingleTerm
+from klray.core.parametrisations import Parametrisation
+from klray.core.process import NoiseProcess, SingleTerm
 from klray.core.schedule import Schedule, VPLinear
-from klray.core.solvers import SOLVERS, Solver
+from klray.core.solvers import Solver
 from klray.core.timesteps import TIMESTEPS
+from klray.data.encoders import Encoder
 from klray.networks.terms import TermNetwork
 from klray.parallel.mesh import Mesh
 
 
 def build_process(config: Config) -> NoiseProcess:
-    """The forward process: the VP baseline for num_terms 0, KL, or a control arm."""
+    """The forward process: the schedule's own noise for num_terms 0, KL, or another entry."""
     settings = config.process
-    schedule = VPLinear(settings.beta_min, settings.beta_max)
+    schedule = _build(settings, "schedule")
     if settings.num_terms == 0:
         return SingleTerm(schedule)
-    if settings.kind == "vp_ensemble":
-        return Ensemble(schedule, settings.num_terms)
-    if settings.kind == "vp_truncated":
-        return SingleTerm(KarhunenLoeve(schedule, settings.num_terms, "truncated"))
-    return KarhunenLoeve(schedule, settings.num_terms, settings.marginal)
+    basis = registry.entry("basis", settings.basis)
+    given = {"num_terms": settings.num_terms, "marginal": settings.marginal, "basis": basis}
+    process: NoiseProcess = _build(settings, "kind", schedule=schedule, **given)
+    return process
+
+
+def build_parametrisation(config: Config) -> Callable[[NoiseProcess], Parametrisation]:
+    """What the network's outputs are, for a process."""
+    return functools.partial(
+        registry.entry("parametrisation", config.loss.prediction), **config.loss.settings("prediction")
+    )
+
+
+def build_encoder(config: Config) -> Encoder:
+    """From uint8 images to what is diffused, and back."""
+    encoder: Encoder = _build(config.data, "encoder")
+    return encoder
 
 
 def build_network(config: Config) -> TermNetwork:
-    """The network with fresh weights, drawn from the run's seed alone."""
-    from klray.networks.mlp import MLP
-    from klray.networks.unet import build_unet
+    """The network with fresh weights, drawn from the run's seed alone.
 
+    Raises:
+        ConfigError: for a backbone that takes no term index where one is needed.
+    """
     settings, data = config.network, config.data
     terms = build_process(config).num_terms
     wide = settings.architecture == "wide"
-    label = None if wide or terms == 1 or settings.term_input == "time_offset" else terms
-    channels = {"in_channels": data.channels, "out_channels": data.channels * (terms if wide else 1)}
+    told = not (wide or terms == 1 or settings.term_input == "time_offset")
+    if told and "num_classes" not in registry.arguments("backbone", settings.kind):
+        raise ConfigError(
+            f"network.kind {settings.kind} takes no num_classes, so it cannot be told which of M = {terms} terms is "
+            "meant; use network.architecture wide, or num_terms 0"
+        )
+    channels, height, _ = build_encoder(config).shape((data.channels, data.image_size, data.image_size))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if settings.kind == "mlp":
-            backbone = MLP(
-                image_size=data.image_size,
-                width=settings.width,
-                dropout=settings.dropout,
-                num_class_embeds=label,
-                **channels,
-            )
-        else:
-            backbone = build_unet(
-                image_size=data.image_size,
-                channels=settings.channels,
-                attention=settings.attention,
-                layers_per_block=settings.layers_per_block,
-                dropout=settings.dropout,
-                norm_groups=settings.norm_groups,
-                num_classes=label,
-                **channels,
-            )
+        backbone = _build(
+            settings,
+            "kind",
+            image_size=height,
+            in_channels=channels,
+            out_channels=channels * (terms if wide else 1),
+            num_classes=terms if told else None,
+        )
     grid = None if config.process.time_grid == "continuous" else config.process.time_grid
     return TermNetwork(backbone, terms, settings.architecture, settings.term_input, grid)
+
+
+def build_optimizer(config: Config, network: TermNetwork) -> torch.optim.Optimizer:
+    """For a network that is on its device."""
+    parameters = dict(network.named_parameters())
+    optimizer: torch.optim.Optimizer = _build(config.optimizer, "kind", parameters=parameters, lr=config.optimizer.lr)
+    return optimizer
+
+
+def build_rate(config: Config) -> Callable[[float], float]:
+    """share of the budget used -> factor on optimizer.lr."""
+    return functools.partial(
+        registry.entry("rate schedule", config.optimizer.rate), **config.optimizer.settings("rate")
+    )
+
+
+def _build(section: Any, key: str, **given: Any) -> Any:
+    """The entry that a section's key names, with its settings."""
+    try:
+        return registry.build(section.SETS[key], getattr(section, key), section.settings(key), **given)
+    except ValueError as error:
+        raise ConfigError(f"{section.SECTION}.{key} {getattr(section, key)}: {error}") from error
 
 
 def build_denoiser(
@@ -89,7 +120,7 @@ def build_denoiser(
     return TermDenoiser(
         predict_terms,
         process,
-        config.loss.prediction,
+        build_parametrisation(config),
         term_chunk,
         config.sampling.clip_x0,
         local_terms=mesh.local_terms,
@@ -144,11 +175,12 @@ def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
     Raises:
         ConfigError: for an unknown solver, grid or option, and an NFE that the solver or the grid cannot spend.
     """
-    for key, name, known in (("solver", settings.solver, SOLVERS), ("timesteps", settings.timesteps, TIMESTEPS)):
-        if name not in known and (key == "solver" or grid is None):
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"sampling.{key} must be one of {', '.join(known)}, got {name!r}; the nearest is {close}")
-    solver = SOLVERS[settings.solver]
+    try:
+        solver: Solver = registry.entry("solver", settings.solver, "sampling.solver")
+        asked = "sampling.timesteps"
+        named: Any = None if grid is not None else registry.entry("time grid", settings.timesteps, asked)
+    except registry.RegistryError as error:
+        raise ConfigError(str(error)) from error
     if unknown := sorted(settings.options.keys() - solver.options):
         known_options = ", ".join(solver.options)
         raise ConfigError(f"sampling.options of {settings.solver} are {known_options}, got {unknown[0]!r}")
@@ -177,7 +209,7 @@ def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
         solver=solver,
         nfe=settings.nfe or solver.nfe(num_steps),
         options={**settings.options, **orders},
-        grid=_named(TIMESTEPS[settings.timesteps], num_steps) if grid is None else _explicit(grid),
+        grid=_named(named, num_steps) if grid is None else _explicit(grid),
         scale=None if grid is None else grid.scale,
         final=settings.final,
     )

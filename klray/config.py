@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
+from klray import registry
 from klray.cli import MOST_IMAGES, MOST_IN_BATCH
 from klray.errors import UserError
 
@@ -59,68 +72,132 @@ class ConfigError(UserError):
     """A setting breaks a rule; the message is one line: the key, the rule, the value, the way out."""
 
 
+def _lower(name: str) -> str:
+    """Names of klray's own are in lower case; an entry of the user's, module:attribute, or a file is not."""
+    return name if ":" in name or "/" in name or "." in name else name.lower()
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tuples(cls, values: Any) -> Any:
+        """YAML and JSON know lists alone."""
+        if not isinstance(values, dict):
+            return values
+        pairs = {key for key, field in cls.model_fields.items() if get_origin(field.annotation) is tuple}
+        return {
+            key: tuple(value) if key in pairs and isinstance(value, list) else value for key, value in values.items()
+        }
 
-class Data(_Section):
-    name: Literal["digits", "mnist", "cifar10", "celeba", "folder", "zip"] = "digits"
-    path: str | None = None  # of a folder or a ZIP; the others lie under KLRAY_DATA
+
+class _OpenSection(_Section):
+    """A section some of whose keys name entries of a registry; the settings of those entries are keys beside them."""
+
+    SECTION: ClassVar[str]
+    SETS: ClassVar[dict[str, str]]  # key -> the set that its entry is of
+    entries: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_its_entries(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if cls.entries or not isinstance(values, dict):
+            return handler(values)
+        defaults = {key: cls.model_fields[key].default for key in cls.SETS}
+        chosen = tuple(_lower(str({**defaults, **values}[key])) for key in cls.SETS)
+        model = _of_entries(cls, chosen)
+        for key in values.keys() - model.model_fields.keys():
+            raise ConfigError(f"unknown key {cls.SECTION}.{key}{nearest(key, model.model_fields)}")
+        return model.model_validate({**values, **dict(zip(cls.SETS, chosen, strict=True))})  # type: ignore[return-value]
+
+    def settings(self, key: str) -> dict[str, Any]:
+        """Those of the entry that ``key`` names: keyword arguments for it."""
+        fields = registry.settings_of(self.SETS[key], getattr(self, key)).model_fields
+        return {name: getattr(self, name) for name in fields}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        section: Any = type(self).mro()[1]
+        return section.model_validate, (self.model_dump(),)
+
+
+@functools.cache
+def _of_entries(section: type[_OpenSection], chosen: tuple[str, ...]) -> type[_OpenSection]:
+    """The section with the settings of these entries."""
+    fields: dict[str, Any] = {}
+    for (key, kind), name in zip(section.SETS.items(), chosen, strict=True):
+        try:
+            registry.entry(kind, name, f"{section.SECTION}.{key}")
+            own = registry.settings_of(kind, name).model_fields
+        except registry.RegistryError as error:
+            raise ConfigError(str(error)) from error
+        for field, info in own.items():
+            if field in fields or field in section.model_fields:
+                raise ConfigError(f"{section.SECTION}.{key} {name}: its setting {field} is a key already; rename it")
+            fields[field] = (info.annotation, info)
+    model = create_model(section.__name__, __base__=section, **fields)
+    model.entries = chosen
+    return model
+
+
+class Data(_OpenSection):
+    SECTION = "data"
+    SETS = {"name": "data source", "encoder": "encoder"}
+
+    name: str = "digits"  # digits, mnist, cifar10, celeba, folder, zip
+    encoder: str = "pixels"
     image_size: PositiveInt = 8
     channels: PositiveInt = 1
     resize: Literal["bilinear", "pad"] = "bilinear"
     flip: bool = False  # random horizontal flips, drawn on the device
-    download: bool = False
     limit: PositiveInt | None = None  # keep only so many training images
     held_out: PositiveInt | None = None
 
 
-class Process(_Section):
-    num_terms: int = Field(default=8, ge=0, le=1024)  # M; 0 is the VP baseline
-    kind: Literal["kl", "vp_ensemble", "vp_truncated"] = "kl"  # the last two: control arms of a comparison
+class Process(_OpenSection):
+    SECTION = "process"
+    SETS = {"kind": "process", "schedule": "schedule", "basis": "basis"}
+
+    num_terms: int = Field(default=8, ge=0, le=1024)  # M; 0 is the baseline: the schedule's own noise
+    kind: str = "kl"  # or vp_ensemble, vp_truncated: control arms of a comparison
+    schedule: str = "vp_linear"  # or vp_cosine, edm
+    basis: str = "sine"  # or cosine, haar, kl_lam
     marginal: Literal["matched", "truncated", "paper"] = "matched"
     time_grid: Literal["continuous"] | PositiveInt = "continuous"  # or N: training times uniform on n/N
-    beta_min: float = Field(default=0.1, gt=0)
-    beta_max: float = Field(default=20.0, gt=0)
 
 
-class Loss(_Section):
+class Loss(_OpenSection):
+    SECTION = "loss"
+    SETS = {"prediction": "parametrisation"}
+
     coupling: Literal["joint", "separable"] = "joint"
     partial_terms: PositiveInt | None = None  # K <= M; null: all terms
-    prediction: Literal["term", "coefficient", "share"] = "term"
+    prediction: str = "term"  # or coefficient, share, v, x0, edm: what the network's output is
     term_chunk: PositiveInt | None = None  # terms evaluated at once; null: all that the rank has
 
 
-class Network(_Section):
-    kind: Literal["unet", "mlp"] = "unet"
+class Network(_OpenSection):
+    SECTION = "network"
+    SETS = {"kind": "backbone"}
+
+    kind: str = "unet"  # or mlp
     architecture: Literal["repeated", "wide"] = "repeated"
     term_input: Literal["class_embedding", "time_offset"] = "class_embedding"
-    channels: list[PositiveInt] = [16, 32]
-    attention: list[bool] = [False, False]
-    layers_per_block: PositiveInt = 1
-    norm_groups: PositiveInt = 8
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    width: PositiveInt = 128  # of the mlp
     init_from: str | None = None  # a baseline's checkpoint
 
 
-class Optimizer(_Section):
+class Optimizer(_OpenSection):
+    SECTION = "optimizer"
+    SETS = {"kind": "optimizer", "rate": "rate schedule"}
+
+    kind: str = "adamw"  # or muon
+    rate: str = "constant"  # after the warm-up; or cosine, wsd
     lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
     warmup_images: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
     batch_size: PositiveInt = 64  # over all workers
     micro_batch: PositiveInt | None = None  # images of one forward pass on one worker; null: all it has
     max_nonfinite: PositiveInt = 20  # consecutive steps with a non-finite gradient before the run stops
-
-    @model_validator(mode="before")
-    @classmethod
-    def _pair(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("betas"), list):
-            return {**values, "betas": tuple(values["betas"])}
-        return values
 
 
 class Ema(_Section):
@@ -161,11 +238,6 @@ class Checkpoint(_Section):
 
 
 MOST_STEPS = 10_000  # of a solver
-
-
-def _lower(name: str) -> str:
-    """Names of klray's own are in lower case; an entry of the user's, module:attribute, or a file is not."""
-    return name if ":" in name or "/" in name or "." in name else name.lower()
 
 
 class Sampling(_Section):
@@ -211,11 +283,11 @@ class Config(_Section):
 
     preset: str = "custom"
     seed: int = Field(default=0, ge=0)
-    data: Data = Data()
-    process: Process = Process()
-    loss: Loss = Loss()
-    network: Network = Network()
-    optimizer: Optimizer = Optimizer()
+    data: SerializeAsAny[Data] = Field(default_factory=lambda: Data.model_validate({}))
+    process: SerializeAsAny[Process] = Field(default_factory=lambda: Process.model_validate({}))
+    loss: SerializeAsAny[Loss] = Field(default_factory=lambda: Loss.model_validate({}))
+    network: SerializeAsAny[Network] = Field(default_factory=lambda: Network.model_validate({}))
+    optimizer: SerializeAsAny[Optimizer] = Field(default_factory=lambda: Optimizer.model_validate({}))
     ema: Ema = Ema()
     precision: Precision = Precision()
     mesh: Mesh = Mesh()
@@ -229,7 +301,7 @@ class Config(_Section):
     @property
     def terms_per_step(self) -> int:
         """K, the terms that a training step evaluates; 1 for the baseline."""
-        one = self.process.num_terms == 0 or self.process.kind == "vp_truncated"
+        one = self.process.num_terms == 0 or getattr(registry.entry("process", self.process.kind), "one_term", False)
         return 1 if one else self.loss.partial_terms or self.process.num_terms
 
     @property
@@ -247,10 +319,11 @@ class Config(_Section):
             raise ConfigError(f"loss.partial_terms needs process.num_terms > 0, got {partial} for the VP baseline")
         if process.kind != "kl" and terms == 0:
             raise ConfigError(f"process.kind {process.kind} needs process.num_terms >= 1, got 0")
-        if process.kind == "vp_ensemble" and (loss.coupling, partial or terms) != ("joint", terms):
-            raise ConfigError("process.kind vp_ensemble is the VP loss of all terms' sum: loss.coupling must be joint")
-        if process.beta_max < process.beta_min:
-            raise ConfigError(f"process.beta_max must be >= beta_min = {process.beta_min}, got {process.beta_max}")
+        if terms > 0 and not hasattr(registry.entry("schedule", process.schedule), "beta"):
+            raise ConfigError(
+                f"process.schedule {process.schedule} is not variance preserving, so it has no KL terms: "
+                f"process.num_terms must be 0, got {terms}"
+            )
         if network.architecture == "wide":
             if self.mesh.basis not in (1, "auto"):
                 raise ConfigError(
@@ -269,24 +342,19 @@ class Config(_Section):
                 raise ConfigError(f"precision.fused on is for network.kind unet, got {network.kind}; set it to auto")
             if self.precision.compile:
                 raise ConfigError("precision.fused on and precision.compile exclude each other; leave one of them out")
-        if len(network.channels) != len(network.attention):
+        if self.optimizer.rate != "constant" and self.budget.unit == "seconds":
             raise ConfigError(
-                f"network.attention needs one value for each of the {len(network.channels)} network.channels, "
-                f"got {len(network.attention)}"
+                f"optimizer.rate {self.optimizer.rate} needs a budget that is the same each time, got budget.unit "
+                "seconds; use images, network_evals or steps"
             )
-        if network.kind == "unet":
-            if any(width % network.norm_groups for width in network.channels):
-                raise ConfigError(
-                    f"network.channels must be multiples of norm_groups = {network.norm_groups}, got {network.channels}"
-                )
-            halvings = 2 ** (len(network.channels) - 1)
-            if self.data.image_size % halvings:
-                raise ConfigError(
-                    f"data.image_size must be a multiple of {halvings} for {len(network.channels)} network.channels, "
-                    f"got {self.data.image_size}"
-                )
-        if self.data.name in ("folder", "zip") and self.data.path is None:
-            raise ConfigError(f"data.path must name the {self.data.name}; set data.path=...")
+        rest = {"num_terms": terms, "partial_terms": partial, "coupling": loss.coupling}
+        rest |= {"image_size": self.data.image_size}
+        for section in (self.data, process, loss, network, self.optimizer):
+            for key, kind in section.SETS.items():
+                try:
+                    registry.check(kind, getattr(section, key), **rest, **section.settings(key))
+                except ValueError as error:
+                    raise ConfigError(str(error)) from error
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -297,7 +365,8 @@ class Config(_Section):
             del full[section]
         for speed in ("fused", "cuda_graph"):
             del full["precision"][speed]
-        del full["budget"]["amount"]
+        if self.optimizer.rate == "constant":  # another rate schedule is laid out over the whole budget
+            del full["budget"]["amount"]
         return full
 
     def default_name(self) -> str:
@@ -352,6 +421,8 @@ def override(tree: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> Con
         ConfigError: as ``load_config``.
     """
     merged = json.loads(json.dumps(tree))
+    changes = list(changes)
+    _leave_entries(merged, dict(changes))
     for key, value in changes:
         *sections, leaf = key.split(".")
         node = merged
@@ -364,6 +435,39 @@ def override(tree: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> Con
         return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
+
+
+def _leave_entries(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Where ``changes`` choose another entry, the settings of the one before are left behind."""
+    for section in (Data, Process, Loss, Network, Optimizer):
+        values = tree.get(section.SECTION)
+        for key, kind in section.SETS.items():
+            chosen = changes.get(f"{section.SECTION}.{key}")
+            if not isinstance(values, dict) or not isinstance(chosen, str):
+                continue
+            before = values.get(key, section.model_fields[key].default)
+            if chosen != before and before in registry.names(kind):
+                for setting in registry.settings_of(kind, before).model_fields:
+                    values.pop(setting, None)
+
+
+def saved_config(tree: Mapping[str, Any]) -> Config:
+    """The configuration of a run that was kept, by this version or an older one; raises ConfigError.
+
+    Version 0.1 kept the settings of the U-Net and of the MLP, and of every data source, whichever was used.
+    """
+    kept = json.loads(json.dumps(tree))
+    for section in (Data, Network):
+        values = kept.get(section.SECTION)
+        if not isinstance(values, dict):
+            continue
+        for key, kind in section.SETS.items():
+            chosen = values.get(key, section.model_fields[key].default)
+            own = registry.settings_of(kind, chosen).model_fields
+            for other in registry.names(kind):
+                for setting in registry.settings_of(kind, other).model_fields.keys() - own:
+                    values.pop(setting, None)
+    return override(kept, [])
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -120,7 +120,7 @@ def _jobs(args: Namespace, model: Model) -> list[Job]:
 
 def _ask(args: Namespace, model: Model) -> Ask:
     from klray.sampling.draw import sampling_of
-    from klray.schedules.ask import PAIRS, Ask, fit_settings, teacher_of
+    from klray.schedules.ask import Ask, fit_settings, learner_of, teacher_of
 
     final = sampling_of(model, final=args.final).final
     fit = fit_settings(args.optimizer, args.set, loss=args.loss, space=args.space, final=final)
@@ -129,7 +129,7 @@ def _ask(args: Namespace, model: Model) -> Ask:
         teacher=teacher_of(args.teacher_solver, args.teacher_nfe, args.teacher_timesteps, model.schedule, fit.final),
         teacher_nfe=args.teacher_nfe,
         teacher_grid=args.teacher_timesteps,
-        pairs=args.pairs or PAIRS[args.optimizer],
+        pairs=args.pairs or learner_of(args.optimizer).pairs,
         clip_x0=model.clip_x0,
         warm_start=args.warm_start,
         lpips_weights=None if args.lpips_weights is None else tuple(args.lpips_weights),

@@ -20,7 +20,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from klray.cluster.connect import cluster_size, cpu_share, may_grow
 from klray.cluster.group import Address, join_group, open_store
 from klray.errors import RunError, UserError
-from klray.parallel.mesh import collective_backend
 
 _PLACEMENT_TIMEOUT_S = 60.0
 _MACHINE_TIMEOUT_S = 900.0  # where one must be started first
@@ -201,8 +200,8 @@ class PoolWorker:
         device = torch.device("cuda", 0) if share["GPU"] else torch.device("cpu")
         if address is not None:
             store = address if self._rank else self._store
-            backend = collective_backend("auto", device, shared_gpu=share["GPU"] < 1)
-            join_group(self._rank, self._size, device, store, backend)
+            # NCCL refuses several ranks on one GPU.
+            join_group(self._rank, self._size, device, store, "nccl" if share["GPU"] >= 1 else "gloo")
         prepare, settings, reporting = given
         self._reports: SimpleQueue[bytes | None] | None = SimpleQueue() if reporting and self._rank == 0 else None
         self._work = prepare(Place(self._rank, self._size, device), settings)

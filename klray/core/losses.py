@@ -7,53 +7,68 @@ e_m = c_m Z_m, the total noise is eps = sum_m e_m, and x_t = alpha x_0 + sigma e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from klray.core.parametrisations import Parametrisation, noise_shares, parametrisation
 from klray.core.process import NoiseProcess
 
-PREDICTIONS = ("term", "coefficient", "share")
 COUPLINGS = ("joint", "separable")
 
 PredictTerms = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t [B, C, H, W], t [B], terms [K] -> [B, K, C, H, W]
 
 
-def coefficients(process: NoiseProcess, t: Tensor) -> Tensor:
-    """c_m(t) = term_std_m(t) / sigma(t), float64. t [...] -> [..., M]."""
-    t = t.double()
-    return process.term_std(t) / process.sigma(t)[..., None]
-
-
-def output_scale(process: NoiseProcess, t: Tensor, terms: Tensor, prediction: str) -> Tensor:
-    """What turns the network's output for term m into e_hat_m, float64. t [B], terms [K] -> [B, K].
-
-    ``term``: 1, the output is e_m itself (paper eq. 18). ``coefficient``: c_m, the output is Z_m (eq. 17).
-    ``share``: c_m^2 / sum_n c_n^2, the output is the whole eps: given eps the Z_m are Gaussian with their weighted
-    sum fixed, so E[e_m | x_t] is that share of E[eps | x_t].
-
-    Raises:
-        ValueError: for an unknown prediction.
-    """
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-    c = coefficients(process, t)
-    if prediction == "term":
-        return torch.ones_like(c)[..., terms]
-    if prediction == "coefficient":
-        return c[..., terms]
-    share = c.square() / c.square().sum(-1, keepdim=True)
-    return share[..., terms]
-
-
-def term_noise(process: NoiseProcess, z: Tensor, t: Tensor, terms: Tensor) -> Tensor:
-    """e_m = c_m Z_m for the given terms: z [B, M, C, H, W], t [B], terms [K] -> [B, K, C, H, W]."""
-    return scaled(coefficients(process, t)[..., terms], z[:, terms])
-
-
-def scaled(factors: Tensor, images: Tensor) -> Tensor:
+def times(factors: Tensor, images: Tensor) -> Tensor:
     """factors [B, K] times images [B, K, C, H, W], in the images' dtype."""
     return factors.to(images.dtype).reshape(*factors.shape, *[1] * (images.dim() - 2)) * images
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """A batch at its times, and all that the loss needs to know of them.
+
+    Attributes:
+        x_t: [B, C, H, W]. shown, time: what the network is shown of it, and the time [B].
+        terms: S [K]. noise: e_m of S, [B, K, C, H, W].
+        scale, shift: of the parametrisation, [B, K]; shift None: 0.
+        weight: [B], of the squared error.
+    """
+
+    x_t: Tensor
+    shown: Tensor
+    time: Tensor
+    terms: Tensor
+    noise: Tensor
+    scale: Tensor
+    shift: Tensor | None
+    weight: Tensor | float
+
+    @staticmethod
+    def of(process: NoiseProcess, read: Parametrisation, x0: Tensor, z: Tensor, t: Tensor, terms: Tensor) -> NoisyBatch:
+        """x0 [B, C, H, W], z [B, M, C, H, W], t [B], terms [K]: x_t holds all M terms.
+
+        The loss is weighed by M/K, which makes the separable one on a random subset of K terms unbiased.
+        """
+        x_t = process.perturb(x0, z, t)
+        c_in, weight, shift = read.c_in(t), read.weight(t), read.shift(t)
+        subset = process.num_terms / len(terms)
+        return NoisyBatch(
+            x_t=x_t,
+            shown=x_t if c_in is None else times(c_in[:, None], x_t[:, None])[:, 0],
+            time=read.c_noise(t),
+            terms=terms,
+            noise=times(noise_shares(process, t)[..., terms], z[:, terms]),
+            scale=read.scale(t)[..., terms],
+            shift=None if shift is None else shift[..., terms],
+            weight=subset if weight is None else subset * weight.to(x0.dtype),
+        )
+
+    def e_hat(self, output: Tensor, places: Tensor | slice = slice(None)) -> Tensor:
+        """The estimated noise of the terms at ``places`` of S, from the network's output [B, k, C, H, W] for them."""
+        estimate = times(self.scale[:, places], output.to(self.x_t.dtype))
+        return estimate if self.shift is None else estimate + times(self.shift[:, places], self.x_t[:, None])
 
 
 def kl_loss(
@@ -65,18 +80,17 @@ def kl_loss(
     *,
     coupling: str = "joint",
     terms: Tensor | None = None,
-    prediction: str = "term",
+    prediction: str | Callable[[NoiseProcess], Parametrisation] = "term",
 ) -> Tensor:
     """The loss of each image, averaged over C, H, W: x0 [B, C, H, W], z [B, M, C, H, W], t [B] -> [B].
 
     ``joint``:     M/K || sum_{m in S} (e_m - e_hat_m) ||^2     (paper eq. 19, 25)
     ``separable``: M/K sum_{m in S} || e_m - e_hat_m ||^2       (paper eq. 20-22)
 
-    M/K makes the separable loss on a random subset S of K terms unbiased. x_t always holds all M terms.
-
     Args:
         predict_terms: (x_t [B, C, H, W], t [B], terms [K] long, 0-based) -> network outputs [B, K, C, H, W].
         terms: S as [K] long; None means all M.
+        prediction: what the outputs are, a name in PARAMETRISATIONS or such a class.
 
     Raises:
         ValueError: for an unknown coupling or prediction.
@@ -84,23 +98,17 @@ def kl_loss(
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
     terms = torch.arange(process.num_terms, device=x0.device) if terms is None else terms
-    output = predict_terms(process.perturb(x0, z, t), t, terms).to(x0.dtype)
-    residual = term_noise(process, z, t, terms) - scaled(output_scale(process, t, terms, prediction), output)
+    batch = NoisyBatch.of(process, parametrisation(prediction, process), x0, z, t, terms)
+    residual = batch.noise - batch.e_hat(predict_terms(batch.shown, batch.time, terms))
     if coupling == "joint":
         residual = residual.sum(1, keepdim=True)
-    return process.num_terms / len(terms) * residual.square().sum(1).flatten(1).mean(1)
+    return batch.weight * residual.square().sum(1).flatten(1).mean(1)
 
 
 def backward_kl_loss(
     predict_terms: Callable[[Tensor, Tensor, Tensor, bool], Tensor],
-    process: NoiseProcess,
-    x0: Tensor,
-    z: Tensor,
-    t: Tensor,
-    *,
+    batch: NoisyBatch,
     coupling: str,
-    prediction: str,
-    terms: Tensor,
     chunks: Sequence[Tensor],
     sum_over_basis: Callable[[Tensor], Tensor],
     backward: Callable[[Tensor], None],
@@ -114,42 +122,39 @@ def backward_kl_loss(
 
     Args:
         predict_terms: as for ``kl_loss`` with a fourth argument, True for the one call whose backward is the last.
-        terms: S, the same on every rank.
-        chunks: this rank's part of S, cut into chunks; empty where the rank has no term.
+        batch: with the terms S, the same on every rank.
+        chunks: this rank's places in S, cut into chunks; empty where the rank has no term.
         sum_over_basis: adds a tensor [B, C, H, W] over the ranks that share these images.
         backward: called with the surrogate loss [B] of each chunk.
 
     Returns:
         [B], this rank's part of the loss: the parts of the basis ranks add up to ``kl_loss``.
     """
-    x_t = process.perturb(x0, z, t)
-    weight = process.num_terms / len(terms)
-    dims = tuple(range(1, x0.dim()))
+    dims = tuple(range(1, batch.x_t.dim()))
 
     def e_hat(chunk: Tensor, last: bool = False) -> Tensor:
-        output = predict_terms(x_t, t, chunk, last).to(x0.dtype)
-        return scaled(output_scale(process, t, chunk, prediction), output)
+        return batch.e_hat(predict_terms(batch.shown, batch.time, batch.terms[chunk], last), chunk)
 
     if coupling == "separable":
-        loss = torch.zeros_like(x0[:, 0].flatten(1)[:, 0])
+        loss = torch.zeros_like(batch.x_t[:, 0].flatten(1)[:, 0])
         for i, chunk in enumerate(chunks):
-            residual = term_noise(process, z, t, chunk) - e_hat(chunk, last=i == len(chunks) - 1)
-            part = weight * residual.square().sum(1).mean(dims)
+            residual = batch.noise[:, chunk] - e_hat(chunk, last=i == len(chunks) - 1)
+            part = batch.weight * residual.square().sum(1).mean(dims)
             backward(part)
             loss += part.detach()
         return loss
 
-    partial = torch.zeros_like(x0, memory_format=torch.contiguous_format)
+    partial = torch.zeros_like(batch.x_t, memory_format=torch.contiguous_format)
     with torch.no_grad():
         for chunk in chunks[1:]:
             partial += e_hat(chunk).sum(1)
     first = e_hat(chunks[0], last=len(chunks) == 1).sum(1) if chunks else None
     if first is not None:
         partial += first.detach()
-    residual = term_noise(process, z, t, terms).sum(1) - sum_over_basis(partial)
+    residual = batch.noise.sum(1) - sum_over_basis(partial)
     if first is not None:
-        backward(-2 * weight * (residual * first).mean(dims))
+        backward(-2 * batch.weight * (residual * first).mean(dims))
     for i, chunk in enumerate(chunks[1:], start=1):
-        backward(-2 * weight * (residual * e_hat(chunk, last=i == len(chunks) - 1).sum(1)).mean(dims))
+        backward(-2 * batch.weight * (residual * e_hat(chunk, last=i == len(chunks) - 1).sum(1)).mean(dims))
     # Every basis rank knows the whole loss; its own part is its share of the terms.
-    return weight * residual.square().mean(dims) * (sum(len(c) for c in chunks) / len(terms))
+    return batch.weight * residual.square().mean(dims) * (sum(len(c) for c in chunks) / len(batch.terms))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from klray.core.schedule import Schedule
+from klray.registry import checked_by
 
 
 class NoiseProcess(Schedule, Protocol):
@@ -25,6 +26,14 @@ def perturb(process: NoiseProcess, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
     alpha = process.alpha(t.double()).to(x0.dtype)
     std = process.term_std(t.double()).to(x0.dtype)  # [B, M]
     return alpha.view(-1, *[1] * (x0.dim() - 1)) * x0 + torch.einsum("bm,bm...->b...", std, z)
+
+
+def training_times(process: NoiseProcess, share: Tensor) -> Tensor:
+    """Training times at quantiles ``share`` in [0, 1), float64: uniform in t unless the schedule says otherwise."""
+    own = getattr(getattr(process, "schedule", process), "training_times", None)
+    if own is not None:
+        return torch.clamp(own(share), process.t_min, process.t_max)
+    return process.t_min + share * (process.t_max - process.t_min)
 
 
 class SingleTerm:
@@ -52,6 +61,12 @@ class SingleTerm:
         return perturb(self, x0, z, t)
 
 
+def _whole_and_joint(num_terms: int, partial_terms: int | None, coupling: str, **others: object) -> None:
+    if (coupling, partial_terms or num_terms) != ("joint", num_terms):
+        raise ValueError("process.kind vp_ensemble is the VP loss of all terms' sum: loss.coupling must be joint")
+
+
+@checked_by(_whole_and_joint)
 class Ensemble(SingleTerm):
     """The VP noise as M equal parts, term_std = sigma/sqrt(M): the arm vp_ensembleM.
 
@@ -65,3 +80,10 @@ class Ensemble(SingleTerm):
     def term_std(self, t: Tensor) -> Tensor:
         """sigma(t)/sqrt(M), as [..., M]."""
         return (self.sigma(t) / math.sqrt(self.num_terms))[..., None].expand(*t.shape, self.num_terms)
+
+
+PROCESSES: dict[str, Any] = {
+    "kl": "klray.core.karhunen_loeve:KarhunenLoeve",
+    "vp_ensemble": Ensemble,
+    "vp_truncated": "klray.core.karhunen_loeve:TruncatedBaseline",
+}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from klray.registry import checked_by
 
 
 class Schedule(Protocol):
@@ -29,6 +31,20 @@ class Schedule(Protocol):
     def t_of_lam(self, lam: Tensor) -> Tensor: ...
 
 
+class VPSchedule(Schedule, Protocol):
+    """A variance-preserving one, dx = -beta/2 x dt + sqrt(beta) dW, defined on [0, t_end]."""
+
+    t_end: float
+
+    def beta(self, t: Tensor) -> Tensor: ...
+
+
+def _rates(beta_min: float, beta_max: float, **others: object) -> None:
+    if not 0 < beta_min <= beta_max:
+        raise ValueError(f"process.beta_max must be >= beta_min > 0, got {beta_max} and {beta_min}")
+
+
+@checked_by(_rates)
 class VPLinear:
     """The variance-preserving SDE with beta(t) = beta_min + (beta_max - beta_min) t (arXiv 2011.13456, eq. 32).
 
@@ -46,7 +62,7 @@ class VPLinear:
         if not 0 <= t_min < t_max <= 1:
             raise ValueError(f"VPLinear needs 0 <= t_min < t_max <= 1, got t_min={t_min}, t_max={t_max}")
         self.beta_min, self.beta_max = beta_min, beta_max
-        self.t_min, self.t_max = t_min, t_max
+        self.t_min, self.t_max, self.t_end = t_min, t_max, 1.0
 
     def beta(self, t: Tensor) -> Tensor:
         """The noise rate beta(t)."""
@@ -93,12 +109,16 @@ class VPCosine:
             raise ValueError(
                 f"VPCosine needs s > 0 and 0 <= t_min < t_max < 1, got s={s}, t_min={t_min}, t_max={t_max}"
             )
-        self.s, self.t_min, self.t_max = s, t_min, t_max
+        self.s, self.t_min, self.t_max, self.t_end = s, t_min, t_max, t_max
         self._rate = math.pi / 2 / (1 + s)  # da/dt
         self._first = s * self._rate  # a_0
 
     def _angle(self, t: Tensor) -> Tensor:
         return self._first + self._rate * t.double()
+
+    def beta(self, t: Tensor) -> Tensor:
+        """The noise rate, -2 d log alpha/dt = 2 tan(a) da/dt."""
+        return (2 * self._rate * torch.tan(self._angle(t))).to(t.dtype)
 
     def alpha(self, t: Tensor) -> Tensor:
         """alpha = cos(a)/cos(a_0)."""
@@ -187,6 +207,10 @@ class EDM:
             raise ValueError(f"EDM needs 0 < t_min < t_max, got t_min={t_min}, t_max={t_max}")
         self.t_min, self.t_max = t_min, t_max
 
+    def training_times(self, share: Tensor) -> Tensor:
+        """Noise levels to train on, ln sigma normal with mean -1.2 and deviation 1.2 (table 1)."""
+        return torch.exp(-1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * share - 1))
+
     def alpha(self, t: Tensor) -> Tensor:
         """1."""
         return torch.ones_like(t)
@@ -207,6 +231,9 @@ class EDM:
     def prior_std(self) -> float:
         """t_max."""
         return self.t_max
+
+
+SCHEDULES: dict[str, Any] = {"vp_linear": VPLinear, "vp_cosine": VPCosine, "edm": EDM}
 
 
 def _prior_std(schedule: Schedule) -> float:

@@ -15,10 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
+from klray import registry
 from klray.config import Data
 from klray.errors import UserError
 
@@ -43,57 +42,67 @@ class ImageData:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
+    """Images that are yet to be decoded: ``read`` gives the one of a name. ``where``: what errors call them."""
+
     where: str
     names: list[str]
     read: Callable[[str], Image.Image]
     channels: int
 
 
+# One whole set, of which a part is held out, or those to train on and those to hold out; uint8 [N, H, W(, 3)].
+Given = Source | np.ndarray | tuple[Source, Source] | tuple[np.ndarray, np.ndarray]
+
+
 def load_images(
     name: str,
     *,
     image_size: int,
-    path: str | None = None,
     resize: str = "bilinear",
-    download: bool = False,
     limit: int | None = None,
     held_out: int | None = None,
+    **settings: Any,
 ) -> ImageData:
     """Reads a data set into memory: for the same arguments the same images in the same order, whatever the seed.
 
     Args:
-        name: ``digits`` (scikit-learn's; 297 held out), ``mnist``, ``cifar10`` (the test set held out), ``celeba``
-            (central 140 x 140; the valid split held out), or ``folder`` or ``zip``, own images at ``path`` (5 %, at
-            least 1 and at most 5000, held out). KLRAY_DATA (default ./data) is where mnist, cifar10 and celeba lie.
+        name: ``digits``, ``mnist``, ``cifar10``, ``celeba``, ``folder``, ``zip``, or module:attribute of your own.
         image_size: height and width of the result in pixels.
-        path: the folder, read recursively without following links to folders, or the ZIP, read in place; looked for
-            in the working folder, then under KLRAY_DATA. Alpha is dropped. Grey if every image is, else RGB.
         resize: ``bilinear`` scales the central square, antialiased; ``pad`` puts zeros round images that are smaller.
-        download: lets torchvision fetch mnist, cifar10 or celeba if missing.
         limit: keeps the first so many training images. Where files lie sorted by class they are in shuffled order.
-        held_out: how many are held out; of a data set's own split it keeps the first so many.
+        held_out: how many are held out; of a data set's own split it keeps the first so many. By default digits' 297,
+            else 5 % of a set without a split of its own, at least 1 and at most 5000.
+        settings: of the source, such as ``path`` and ``download``.
 
     Raises:
-        DataError: for an unknown name or resize, a number below 1, data that are missing, empty or corrupt, an image
-            of more than 8 bits a channel or too large for ``pad``, nothing left to train on. No image is skipped.
+        UserError: for an unknown name, resize or setting, a number below 1, data that are missing, empty or corrupt, an
+            image of more than 8 bits a channel or too large for ``pad``, nothing left to train on. No image is skipped.
     """
-    _check_choice("data.name", name, ("digits", *_BENCHMARKS, *_OWN))
-    _check_choice("data.resize", resize, ("bilinear", "pad"))
+    if resize not in ("bilinear", "pad"):
+        nearest = difflib.get_close_matches(resize, ("bilinear", "pad"), n=1, cutoff=0.0)[0]
+        raise DataError(f"data.resize must be one of bilinear, pad, got {resize!r}; the nearest is {nearest}")
     for key, value in (("image_size", image_size), ("limit", limit), ("held_out", held_out)):
         if value is not None and value < 1:
             raise DataError(f"data.{key} must be at least 1, got {value}")
-    if (path is not None) != (name in _OWN):
-        rule = "needs data.path" if path is None else f"takes no data.path (got {path}); own images are folder or zip"
-        raise DataError(f"data.name={name} {rule}")
-
-    if name in _BENCHMARKS:
-        train, test = _BENCHMARKS[name](download)
-    elif name in _OWN:
-        own = _OWN[name](_own_path(Path(str(path)).expanduser()))
-        train, test = _split(own, held_out or min(max(1, round(0.05 * len(own.names))), 5000))
+    try:
+        source = registry.entry("data source", name, "data.name")
+    except registry.RegistryError as error:
+        raise DataError(str(error)) from error
+    known = registry.settings_of("data source", name).model_fields
+    settings = {key: value for key, value in settings.items() if value is not None}
+    for key in settings.keys() - known:
+        raise DataError(f"data.name={name} takes no data.{key} (got {settings[key]}); own images are folder or zip")
+    for key, field in known.items():
+        if field.is_required() and key not in settings:
+            raise DataError(f"data.name={name} needs data.{key}")
+    given: Given = source(**settings)
+    if isinstance(given, tuple):
+        train, test = (_as_source(name, part) for part in given)
     else:
-        train, test = _split(_digits(), held_out or 297)
+        whole = _as_source(name, given)
+        share = min(max(1, round(0.05 * len(whole.names))), 5000)
+        train, test = _split(whole, held_out or _HELD_OUT.get(name, share))
     arrays = [
         _decode(train, train.names[:limit], image_size, resize),
         _decode(test, test.names[:held_out], image_size, resize),
@@ -106,29 +115,8 @@ def load_images(
 
 def images_of(settings: Data) -> ImageData:
     """The images of a configuration's ``data`` section; raises as ``load_images``."""
-    arguments = settings.model_dump(include={"name", "image_size", "path", "resize", "download", "limit", "held_out"})
-    return load_images(**arguments)
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """The inverse of :func:`to_unit_range`: floats of any shape -> uint8, rounded, values outside [-1, 1] clamped."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def horizontal_flip(images: Tensor, flip: Tensor) -> Tensor:
-    """Mirrors left and right those images [B, C, H, W] whose entry in ``flip`` (bool [B], same device) is true."""
-    return torch.where(flip[:, None, None, None], images.flip(-1), images)
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
-        raise DataError(f"{key}={value!r} is not one of {', '.join(choices)}; the nearest is {nearest}")
+    arguments = settings.model_dump(include={"name", "image_size", "resize", "limit", "held_out"})
+    return load_images(**arguments, **settings.settings("name"))
 
 
 def _data_root() -> Path:
@@ -140,18 +128,21 @@ def _own_path(path: Path) -> Path:
     return under_root if not path.exists() and under_root.exists() else path
 
 
-def _digits() -> _Source:
+def digits() -> Source:
+    """scikit-learn's 8 x 8 handwritten digits, which come with it."""
     from sklearn.datasets import load_digits  # slow to import, like torchvision: only where needed
 
     return _array_source("digits", np.rint(load_digits().images * (255 / 16)).astype(np.uint8))
 
 
-def _mnist(download: bool) -> tuple[_Source, _Source]:
+def mnist(*, download: bool = False) -> tuple[Source, Source]:
+    """Under KLRAY_DATA, or fetched there; the test set is held out."""
     train, test = (_torchvision("MNIST", "MNIST/raw", download, train=part).data.numpy() for part in (True, False))
     return _array_source("mnist", train), _array_source("mnist", test)
 
 
-def _cifar10(download: bool) -> tuple[_Source, _Source]:
+def cifar10(*, download: bool = False) -> tuple[Source, Source]:
+    """Under KLRAY_DATA as torchvision lays it out or as two ZIPs, or fetched there; the test set is held out."""
     batches = "cifar-10-batches-py"
     zips = [_data_root() / f"cifar10-{part}.zip" for part in ("train", "test")]
     if not (_data_root() / batches).exists() and any(file.exists() for file in zips):
@@ -162,7 +153,8 @@ def _cifar10(download: bool) -> tuple[_Source, _Source]:
     return _array_source("cifar10", train), _array_source("cifar10", test)
 
 
-def _celeba(download: bool) -> tuple[_Source, _Source]:
+def celeba(*, download: bool = False) -> tuple[Source, Source]:
+    """The central 140 x 140 of CelebA's aligned faces, under KLRAY_DATA or fetched there; valid is held out."""
     where = _data_root() / "celeba" / "img_align_celeba"
 
     def read(name: str) -> Image.Image:
@@ -171,17 +163,25 @@ def _celeba(download: bool) -> tuple[_Source, _Source]:
         return image.crop((left, top, left + 140, top + 140))
 
     train, valid = (_torchvision("CelebA", "celeba", download, split=part).filename for part in ("train", "valid"))
-    return _Source(str(where), train, read, 3), _Source(str(where), valid, read, 3)
+    return Source(str(where), train, read, 3), Source(str(where), valid, read, 3)
 
 
-def _folder(where: Path) -> _Source:
+def folder(*, path: str) -> Source:
+    """Images in a folder, read recursively without following links to folders; looked for in the working folder, then
+    under KLRAY_DATA. Alpha is dropped. Grey if every image is, else RGB."""
+    where = _own_path(Path(path).expanduser())
     if not where.is_dir():
         raise DataError(f"no folder at {where}; set data.path to the folder of the images, or use data.name=zip")
     names = (file.relative_to(where).as_posix() for file in where.rglob("*") if not file.is_dir())
     return _file_source(where, names, lambda name: (where / name).read_bytes())
 
 
-def _zip(where: Path) -> _Source:
+def zip_file(*, path: str) -> Source:
+    """Images in a ZIP, read in place; otherwise as a folder."""
+    return _zip(_own_path(Path(path).expanduser()))
+
+
+def _zip(where: Path) -> Source:
     if not where.is_file():
         raise DataError(f"no ZIP file at {where}; correct data.path, or KLRAY_DATA for cifar10")
     try:
@@ -191,8 +191,25 @@ def _zip(where: Path) -> _Source:
     return _file_source(where, archive.namelist(), archive.read)
 
 
-_BENCHMARKS = {"mnist": _mnist, "cifar10": _cifar10, "celeba": _celeba}
-_OWN = {"folder": _folder, "zip": _zip}
+SOURCES: dict[str, Any] = {
+    "digits": digits,
+    "mnist": mnist,
+    "cifar10": cifar10,
+    "celeba": celeba,
+    "folder": folder,
+    "zip": zip_file,
+}
+_HELD_OUT = {"digits": 297}
+
+
+def _as_source(name: str, given: Any) -> Source:
+    """Also from an array, as an entry of the user's own may give it."""
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape[3:] in ((), (3,)) and given.ndim > 2:
+        return _array_source(name, given)
+    what = f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
+    raise DataError(f"data.name={name} must give uint8 images [N, H, W] or [N, H, W, 3], got {what}")
 
 
 def _torchvision(dataset: str, folder: str, download: bool, **split: Any) -> Any:
@@ -211,13 +228,13 @@ def _torchvision(dataset: str, folder: str, download: bool, **split: Any) -> Any
         raise DataError(f"{dataset} is {state} at {where}: {way_out}") from error
 
 
-def _array_source(where: str, images: np.ndarray) -> _Source:
+def _array_source(where: str, images: np.ndarray) -> Source:
     """images: uint8 [N, H, W] or [N, H, W, 3], named by their indices."""
     names = [str(index) for index in range(len(images))]
-    return _Source(where, names, lambda name: Image.fromarray(images[int(name)]), 1 if images.ndim == 3 else 3)
+    return Source(where, names, lambda name: Image.fromarray(images[int(name)]), 1 if images.ndim == 3 else 3)
 
 
-def _file_source(where: Path, files: Iterable[str], read: Callable[[str], bytes]) -> _Source:
+def _file_source(where: Path, files: Iterable[str], read: Callable[[str], bytes]) -> Source:
     names = []
     for name in sorted(files):
         file = PurePosixPath(name)
@@ -229,11 +246,11 @@ def _file_source(where: Path, files: Iterable[str], read: Callable[[str], bytes]
             names.append(name)
     if not names:
         raise DataError(f"no images in {where}: it must hold {' '.join(SUFFIXES)} files")
-    source = _Source(str(where), names, lambda name: Image.open(io.BytesIO(read(name))), 3)
+    source = Source(str(where), names, lambda name: Image.open(io.BytesIO(read(name))), 3)
     return replace(source, channels=1 if all(_is_grey(source, name) for name in names) else 3)
 
 
-def _is_grey(source: _Source, name: str) -> bool:
+def _is_grey(source: Source, name: str) -> bool:
     with _naming(source, name):
         return source.read(name).mode in ("L", "1")
 
@@ -243,7 +260,7 @@ def _shuffled(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
 
 
-def _split(source: _Source, held_out: int) -> tuple[_Source, _Source]:
+def _split(source: Source, held_out: int) -> tuple[Source, Source]:
     if held_out >= len(source.names):
         rule = f"holding out {held_out} of {len(source.names)} images leaves none to train on"
         raise DataError(f"{source.where}: {rule}; add images or lower data.held_out")
@@ -251,7 +268,7 @@ def _split(source: _Source, held_out: int) -> tuple[_Source, _Source]:
     return replace(source, names=names[:-held_out]), replace(source, names=names[-held_out:])
 
 
-def _decode(source: _Source, names: list[str], size: int, resize: str) -> np.ndarray:
+def _decode(source: Source, names: list[str], size: int, resize: str) -> np.ndarray:
     images = np.empty((len(names), source.channels, size, size), np.uint8)
 
     def decode(start: int, stop: int) -> None:
@@ -284,7 +301,7 @@ def _fit(image: Image.Image, size: int, resize: str) -> Image.Image:
 
 
 @contextmanager
-def _naming(source: _Source, name: str) -> Iterator[None]:
+def _naming(source: Source, name: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:

@@ -8,19 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from klray.data.sources import horizontal_flip, to_unit_range
+from klray.data.encoders import Encoder, Pixels
 from klray.parallel.random import Purpose, permutation, uniform
 
 
 class ImageStream:
     """An endless stream of images: pass after pass over the data, each in its own keyed order without replacement."""
 
-    def __init__(self, images: np.ndarray, seed: int, flip: bool, device: torch.device) -> None:
+    def __init__(
+        self, images: np.ndarray, seed: int, flip: bool, device: torch.device, encoder: Encoder | None = None
+    ) -> None:
         with warnings.catch_warnings():
             # Ray's object store hands out read-only memory; it is only read here.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self.images = torch.from_numpy(images).to(device)
-        self.seed, self.flip = seed, flip
+        self.seed, self.flip, self.encoder = seed, flip, encoder or Pixels()
         self._orders: dict[int, Tensor] = {}
 
     def _order(self, number: int) -> Tensor:
@@ -43,11 +45,11 @@ class ImageStream:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def take(self, rows: Tensor, step: int | Tensor, where: Tensor) -> Tensor:
-        """The images ``rows`` [B] as the batch's positions ``where`` [B] see them: [B, C, H, W] float32 in [-1, 1].
+        """The images ``rows`` [B] as the batch's positions ``where`` [B] see them, encoded: [B, C, H, W] float32.
 
         ``step`` and ``where`` say which of them are flipped. The host does nothing but launch.
         """
-        x = to_unit_range(self.images[rows])
+        x = self.encoder.encode(self.images[rows])
         if self.flip:
-            x = horizontal_flip(x, uniform(self.seed, step, Purpose.FLIP, where) < 0.5)
+            x = self.encoder.flip(x, uniform(self.seed, step, Purpose.FLIP, where) < 0.5)
         return x

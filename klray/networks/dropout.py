@@ -6,12 +6,15 @@ A chunked loss runs a network twice and a mesh splits its batch: both must see t
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from klray.parallel.random import philox
+
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 @torch.library.custom_op("klray::dropout", mutates_args=())

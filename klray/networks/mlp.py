@@ -5,7 +5,10 @@ from __future__ import annotations
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
+from pydantic import PositiveInt
 from torch import Tensor, nn
+
+from klray.networks.dropout import Dropout
 
 
 class MLP(ModelMixin, ConfigMixin):
@@ -17,15 +20,15 @@ class MLP(ModelMixin, ConfigMixin):
         image_size: int = 8,
         in_channels: int = 1,
         out_channels: int = 1,
-        width: int = 128,
-        dropout: float = 0.0,
-        num_class_embeds: int | None = None,
+        num_classes: int | None = None,
+        width: PositiveInt = 128,
+        dropout: Dropout = 0.0,
     ) -> None:
         super().__init__()
         pixels = image_size**2
         self.first = nn.Linear(in_channels * pixels, width)
         self.time_embedding = nn.Linear(width, width)
-        self.class_embedding = nn.Embedding(num_class_embeds, width) if num_class_embeds else None
+        self.class_embedding = nn.Embedding(num_classes, width) if num_classes else None
         self.hidden = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Dropout(dropout))
         self.conv_out = nn.Conv2d(width, out_channels * pixels, 1)  # a 1 x 1 image: widens and folds as the U-Net does
 

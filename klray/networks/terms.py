@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from klray.networks.dropout import use_keyed_dropout
+from klray.networks.dropout import KeyedDropout, use_keyed_dropout
 from klray.networks.fused_unet import fused_unet
 
 ARCHITECTURES = ("repeated", "wide")
@@ -56,6 +56,7 @@ class TermNetwork(nn.Module):
         self.num_terms, self.wide = num_terms, architecture == "wide"
         self.time_grid = time_grid if term_input == "time_offset" and not self.wide else None
         self.dropout_keys = use_keyed_dropout(backbone)
+        self.has_dropout = any(isinstance(module, KeyedDropout) for module in backbone.modules())
         self.fused = False  # whether the backbone, a plain U-Net, runs through fused_unet
 
     def forward(self, x: Tensor, t: Tensor, terms: Tensor, dropout_keys: Tensor | None = None) -> Tensor:

@@ -5,19 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffusers import UNet2DModel
+from pydantic import PositiveInt
+
+from klray.networks.dropout import Dropout
+from klray.registry import checked_by
 
 
+def _check(
+    image_size: int, channels: Sequence[int], attention: Sequence[bool], norm_groups: int, **others: object
+) -> None:
+    if len(channels) != len(attention):
+        raise ValueError(
+            f"network.attention needs one value for each of the {len(channels)} network.channels, got {len(attention)}"
+        )
+    if any(width % norm_groups for width in channels):
+        raise ValueError(f"network.channels must be multiples of norm_groups = {norm_groups}, got {list(channels)}")
+    halvings = 2 ** (len(channels) - 1)
+    if image_size % halvings:
+        rule = f"data.image_size must be a multiple of {halvings} for {len(channels)} network.channels"
+        raise ValueError(f"{rule}, got {image_size}")
+
+
+@checked_by(_check)
 def build_unet(
     *,
     image_size: int,
     in_channels: int,
     out_channels: int,
-    channels: Sequence[int],
-    attention: Sequence[bool],
-    layers_per_block: int = 2,
-    dropout: float = 0.0,
-    norm_groups: int = 32,
     num_classes: int | None = None,
+    channels: list[PositiveInt] = [16, 32],  # noqa: B006
+    attention: list[bool] = [False, False],  # noqa: B006
+    layers_per_block: PositiveInt = 1,
+    norm_groups: PositiveInt = 8,
+    dropout: Dropout = 0.0,
 ) -> UNet2DModel:
     """A UNet2DModel; channels (128, 256, 256, 256) with attention at 16 x 16 is Ho et al.'s net for CIFAR-10.
 

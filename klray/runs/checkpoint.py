@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from klray.build import build_network
-from klray.config import Config, override
+from klray.config import Config, saved_config
 from klray.errors import RunError, UserError
 from klray.networks.terms import TermNetwork
 from klray.runs.train_state import Progress, TrainState, ema_network
 
 FORMAT = 1
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PREFIX = "checkpoint_"
 
 
@@ -71,7 +72,7 @@ def _write(target: Path, state: TrainState, config: Config, provenance: dict[str
     for old in target.parent.glob(".writing_*"):
         shutil.rmtree(old)
     aside.mkdir()
-    ema_network(state).backbone.save_pretrained(aside / "network")
+    _save_backbone(ema_network(state).backbone, aside / "network")
     if resumable:
         save_file(_tensors(state), aside / "training.safetensors")
     described = {
@@ -79,6 +80,7 @@ def _write(target: Path, state: TrainState, config: Config, provenance: dict[str
         "config": config.model_dump(mode="json"),
         "progress": asdict(state.progress),
         "scaler": state.scaler.state_dict(),
+        "optimizer": _counts(state.optimizer),
         **provenance,
     }
     (aside / "state.json").write_text(json.dumps(described, indent=1))
@@ -147,10 +149,15 @@ def restore(path: Path, state: TrainState) -> dict[str, Any]:
         _load_network(path, ema_network(state))
         state.network.load_state_dict(_part(tensors, "network."))
         optimizer = state.optimizer.state_dict()
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Any]] = {}
         for name, tensor in _part(tensors, "optimizer.").items():
             index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = tensor
+        counts = described.get("optimizer", {"state": {}, "groups": []})
+        for index, values in counts["state"].items():
+            moments.setdefault(int(index), {}).update(values)
+        for group, values in zip(optimizer["param_groups"], counts["groups"], strict=False):
+            group.update(values)
         state.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
         _match_layout(state.optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -185,14 +192,14 @@ def load_network(path: Path) -> tuple[Config, TermNetwork]:
         CheckpointError: where there is no whole checkpoint.
     """
     path = whole_checkpoint(path)
-    config = override(read_state(path)["config"], ())
+    config = saved_config(read_state(path)["config"])
     network = build_network(config)
     _load_network(path, network)
     return config, network.eval()
 
 
 def _load_network(path: Path, network: TermNetwork) -> None:
-    file = path / "network" / "diffusion_pytorch_model.safetensors"
+    file = path / "network" / _WEIGHTS
     try:
         network.backbone.load_state_dict(load_file(file))
     except (RuntimeError, SafetensorError, OSError) as error:
@@ -203,7 +210,7 @@ def _match_layout(optimizer: torch.optim.Optimizer) -> None:
     """Moments in the memory format of their parameters: the fused optimiser walks both by address, not by index."""
     for parameter, moments in optimizer.state.items():
         for key, moment in moments.items():
-            if moment.shape == parameter.shape:
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
                 moments[key] = torch.empty_like(parameter).copy_(moment)
 
 
@@ -214,9 +221,30 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     tensors = {f"network.{name}": tensor for name, tensor in state.network.state_dict().items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
+        tensors |= {f"optimizer.{index}.{key}": each for key, each in moments.items() if isinstance(each, Tensor)}
     tensors |= {"n_averaged": torch.tensor(state.ema.updates), "nonfinite": state.nonfinite}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _counts(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimiser keeps in plain numbers: of each parameter, and the steps that its groups count."""
+    kept = optimizer.state_dict()
+    plain = {
+        index: {key: value for key, value in moments.items() if isinstance(value, int | float)}
+        for index, moments in kept["state"].items()
+    }
+    groups = [{"step": group["step"]} if "step" in group else {} for group in kept["param_groups"]]
+    return {"state": {index: values for index, values in plain.items() if values}, "groups": groups}
+
+
+def _save_backbone(backbone: Any, folder: Path) -> None:
+    """As diffusers does, which reads it if the class is one of its own."""
+    if hasattr(backbone, "save_pretrained"):
+        backbone.save_pretrained(folder)
+        return
+    folder.mkdir()
+    save_file({name: each.contiguous() for name, each in backbone.state_dict().items()}, folder / _WEIGHTS)
+    (folder / "config.json").write_text(json.dumps({"_class_name": type(backbone).__name__}))
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from klray.config import Config, ConfigError, flatten, override
+from klray.config import Config, ConfigError, flatten, saved_config
 from klray.errors import RunError
 
 
@@ -98,7 +98,7 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
 
 
 def _refuse_other(name: str, config: Config, kept: dict[str, Any]) -> None:
-    old = override(kept, ())
+    old = saved_config(kept)
     before, now = flatten(old.identity()), flatten(config.identity())
     changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now if before.get(key) != now.get(key)]
     if changed:

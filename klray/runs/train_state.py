@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from klray.build import build_optimizer
 from klray.config import Config, Ema
 from klray.networks.fused_unet import can_fuse
 from klray.networks.half import amp_dtype
@@ -52,7 +53,7 @@ class TrainState:
 
     network: TermNetwork
     ema: Average
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     nonfinite: Tensor
     progress: Progress = field(default_factory=Progress)
@@ -64,17 +65,7 @@ def new_state(config: Config, network: TermNetwork, device: torch.device) -> Tra
     network.fused = fuses(config, network, device)
     if config.precision.channels_last or network.fused:
         network.to(memory_format=torch.channels_last)
-    settings, on_gpu = config.optimizer, device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        # A captured step reads its rate where it lies; elsewhere a number spares the device a tensor.
-        lr=torch.tensor(settings.lr, device=device) if on_gpu else settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-        capturable=on_gpu,
-    )
+    optimizer = build_optimizer(config, network)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.precision.amp, device) is torch.float16)
     average = Average(network, config.ema)
     if config.precision.compile:

@@ -16,7 +16,7 @@ from klray.build import Grid, Sampler, build_sampler
 from klray.config import Sampling, override
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
-from klray.data.sources import to_uint8
+from klray.data.encoders import Encoder, Pixels
 from klray.errors import RunError
 from klray.parallel.cuda_graph import CudaGraph
 from klray.parallel.mesh import Mesh
@@ -34,6 +34,7 @@ def image_drawer(
     *,
     batch_size: int,
     device: torch.device,
+    encoder: Encoder | None = None,
     graph: bool = False,
     nonfinite: Callable[[str], None] | None = None,
 ) -> Callable[[Sequence[int]], Tensor]:
@@ -43,17 +44,21 @@ def image_drawer(
     padded), so that images are bit-equal however the batches are spread over workers.
 
     Args:
+        encoder: that the model was trained with; None: pixels.
         graph: replay a batch's whole solution as one CUDA graph.
         nonfinite: is told of images that hold NaN or infinity, which no pixel can show; None: they end the drawing.
 
     Raises:
         RunError: by what is returned, for such images.
     """
+    encoder = encoder or Pixels()
     places = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     def batch() -> tuple[Tensor, Tensor]:
-        images = sampler.sample(denoiser, schedule, normal(0, 0, Purpose.SAMPLE, places, shape, torch.float32))
-        return to_uint8(images), images.isfinite().flatten(1).all(1)
+        images = sampler.sample(
+            denoiser, schedule, normal(0, 0, Purpose.SAMPLE, places, encoder.shape(shape), torch.float32)
+        )
+        return encoder.decode(images), images.isfinite().flatten(1).all(1)
 
     run = CudaGraph(batch, lambda why: warnings.warn(f"drawing without a CUDA graph: {why}", stacklevel=2), 1)
     draw_batch = run if graph else batch
@@ -85,9 +90,10 @@ def sample_images(
     *,
     batch_size: int,
     device: torch.device,
+    encoder: Encoder | None = None,
 ) -> Tensor:
     """``image_drawer`` for once; of images that are not finite it warns."""
-    how: dict[str, Any] = {"batch_size": batch_size, "device": device}
+    how: dict[str, Any] = {"batch_size": batch_size, "device": device, "encoder": encoder}
     return image_drawer(denoiser, schedule, sampler, shape, nonfinite=_warn, **how)(seeds)
 
 
@@ -169,6 +175,7 @@ class Drawing:
             model.shape,
             batch_size=self.batch_size,
             device=device,
+            encoder=model.encoder,
             graph=device.type == "cuda" and not self.compile and mesh.size == 1,
         )
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from klray.build import build_denoiser, build_process
+from klray.build import build_denoiser, build_encoder, build_process
 from klray.config import Config, ConfigError
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
+from klray.data.encoders import Encoder, Pixels
 from klray.networks.fused_unet import can_fuse
 from klray.networks.half import amp_dtype, in_precision
 from klray.parallel.mesh import Mesh
@@ -38,6 +39,7 @@ class Model:
         clip_x0: whether its own settings clamp x0_hat to [-1, 1].
         config: of the training run; None for an imported model.
         assumed: what had to be assumed of it, in one line.
+        encoder: what makes images of what is drawn.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Model:
     clip_x0: bool
     config: Config | None
     assumed: str | None = None
+    encoder: Encoder = field(default_factory=Pixels)
 
 
 def load_model(
@@ -103,6 +106,7 @@ def load_model(
         fingerprint=_digest(weights, config.process.model_dump_json(), config.loss.prediction),
         clip_x0=clip,
         config=config,
+        encoder=build_encoder(config),
     )
 
 

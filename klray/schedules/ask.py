@@ -13,17 +13,16 @@ from typing import Any
 
 import yaml
 
+from klray import registry
 from klray.config import MOST_STEPS
 from klray.core.schedule import Schedule
-from klray.core.solvers import SOLVERS
-from klray.core.timesteps import TIMESTEPS
 from klray.errors import UserError
-from klray.schedules.fit_settings import ADAM, FitSettings
+from klray.schedules.fit_settings import FitSettings
+from klray.schedules.learners import Learner
 from klray.schedules.perceptual import DISTANCES
 from klray.schedules.teacher import Teacher
 
 FIRST_SEED = 1 << 30  # of the pairs' noises: far from the seeds of the images that are drawn and evaluated
-PAIRS = {"ld3": 100, "adam": 1000}
 MOST_PAIRS = 1_000_000
 EFFICIENTNET, LPIPS = "efficientnet_lite0", "lpips_vgg"
 LOSSES = (*DISTANCES, EFFICIENTNET, LPIPS)
@@ -107,9 +106,7 @@ def fit_settings(optimizer: str, changes: Sequence[str], **chosen: Any) -> FitSe
     Raises:
         AskError: for an unknown optimiser or key, or a wrong value.
     """
-    if optimizer not in PAIRS:
-        raise AskError(f"--optimizer must be one of {', '.join(PAIRS)}, got {optimizer!r}")
-    base = FitSettings() if optimizer == "ld3" else ADAM
+    base = replace(learner_of(optimizer).settings, optimizer=optimizer)
     values = {key: value for key, value in chosen.items() if value is not None}
     kinds = {field.name: type(getattr(base, field.name)) for field in fields(base) if field.name != "optimizer"}
     for text in changes:
@@ -126,23 +123,33 @@ def fit_settings(optimizer: str, changes: Sequence[str], **chosen: Any) -> FitSe
         raise AskError(f"--set {error}") from error
 
 
+def learner_of(optimizer: str) -> Learner:
+    """The entry of --optimizer; raises AskError."""
+    try:
+        found: Learner = registry.entry("learner", optimizer, "--optimizer")
+    except registry.RegistryError as error:
+        raise AskError(str(error)) from error
+    return found
+
+
 def teacher_of(solver: str, nfe: int, timesteps: str, schedule: Schedule, final: str = "denoise") -> Teacher:
     """A teacher that spends ``nfe`` evaluations an image on a named grid of the schedule.
 
     Raises:
         AskError: for an unknown solver or grid, or an NFE that the solver cannot spend.
     """
-    for flag, name, known in (("solver", solver, SOLVERS), ("timesteps", timesteps, TIMESTEPS)):
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise AskError(f"--teacher-{flag} must be one of {', '.join(known)}, got {name!r}; the nearest is {close}")
+    try:
+        method = registry.entry("solver", solver, "--teacher-solver")
+        grid = registry.entry("time grid", timesteps, "--teacher-timesteps")
+    except registry.RegistryError as error:
+        raise AskError(str(error)) from error
     if nfe > MOST_STEPS:
         raise AskError(f"--teacher-nfe must be at most {MOST_STEPS}, got {nfe}")
     try:
-        num_steps, orders = SOLVERS[solver].plan(nfe)
+        num_steps, orders = method.plan(nfe)
     except ValueError as error:
         raise AskError(f"--teacher-nfe: {error}") from error
-    return Teacher(solver, TIMESTEPS[timesteps](schedule, num_steps).tolist(), orders, final)
+    return Teacher(solver, grid(schedule, num_steps).tolist(), orders, final)
 
 
 def plan_text(ask: Ask, jobs: Sequence[Job], missing: Sequence[Job], evals: int) -> str:

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from klray import registry
 from klray.core.schedule import Schedule
-from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.schedules.dmn import dmn_grid
 from klray.schedules.gits import GitsCosts, gits_grid_from
@@ -28,11 +28,12 @@ def baseline_grids(schedule: Schedule, solver: str, nfe: int, costs: GitsCosts) 
     Raises:
         ValueError: for an NFE that the solver cannot spend.
     """
-    num_steps, _ = SOLVERS[solver].plan(nfe)
+    method = registry.entry("solver", solver)
+    num_steps, _ = method.plan(nfe)
     grids = {name: grid(schedule, num_steps) for name, grid in TIMESTEPS.items()}
     if num_steps < len(costs.timesteps):
         grids[GITS] = gits_grid_from(costs, num_steps)
-    grids[DMN] = dmn_grid(schedule, num_steps, order=min(SOLVERS[solver].order, 3))
+    grids[DMN] = dmn_grid(schedule, num_steps, order=min(method.order, 3))
     return grids
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from klray import registry
 from klray.core.denoiser import Denoiser
 from klray.core.learned_timesteps import LearnedTimesteps
 from klray.core.schedule import Schedule
-from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.schedules.fit_loop import FitLoop, Grids, Report
 from klray.schedules.fit_settings import FitSettings
@@ -56,18 +56,17 @@ def fit_timesteps(
     began = time.perf_counter()
     if distance is None and settings.loss not in DISTANCES:
         raise ValueError(f"loss must be one of {', '.join(DISTANCES)}, got {settings.loss!r}; others as a distance")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    method = registry.entry("solver", solver)
     if len(pairs) <= settings.validation_pairs:
         raise ValueError(f"{settings.validation_pairs} validation pairs leave none of {len(pairs)} to train on")
-    num_steps, orders = SOLVERS[solver].plan(nfe)
+    num_steps, orders = method.plan(nfe)
     times = LearnedTimesteps(schedule, num_steps, settings.space, output_scale=settings.output_scale)
     times = times.to(pairs.noise.device)
     options = dict(options or {})
     student = Student(
         denoiser,
         schedule,
-        SOLVERS[solver],
+        method,
         {**options, **orders},
         times,
         settings.recompute,

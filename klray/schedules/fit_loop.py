@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klray import registry
 from klray.parallel.cuda_graph import CudaGraph
 from klray.parallel.random import Purpose, permutation
-from klray.schedules.fit_settings import FitSettings, Optimizers
+from klray.schedules.fit_settings import FitSettings
 from klray.schedules.forcing import TrainingNoise
 from klray.schedules.perceptual import Distance
 from klray.schedules.student import Student
@@ -40,7 +41,7 @@ class FitLoop:
         self.report = report
         radius = settings.gamma * pairs.noise[0].numel() / nfe**2
         self.noise = TrainingNoise(self.train.noise, radius, settings.latent_lr / nfe)
-        self.optimizers = Optimizers(self.times, settings, nfe)
+        self.optimizers = registry.entry("learner", settings.optimizer).optimizers(self.times, settings, nfe)
         self.iteration = 0
         # Where a batch lies, in place, for the graphs that read it.
         size = min(settings.batch_size, self.count)

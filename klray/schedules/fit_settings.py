@@ -1,4 +1,4 @@
-"""How a schedule is fitted: LD3's settings, and Adam for more pairs."""
+"""How a schedule is fitted: the settings, and what the optimisers of all learners share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import SGD, Adam, Optimizer, RMSprop
+from torch.optim import Optimizer
 
+from klray import registry
 from klray.core.finish import FINALS
 from klray.core.learned_timesteps import LearnedTimesteps
 
@@ -24,8 +25,7 @@ class FitSettings:
         validation_pairs: how many of the pairs, the last ones, only choose.
         batch_size, validation_batch: pairs in a training step, and in a solve without gradients.
         rounds_theta, rounds_both: passes over the training pairs in which the solver's times alone learn, then all.
-        optimizer: ``ld3``: RMSprop(lr, momentum 0.9) for the solver's times, SGD(lr_network / NFE) for the rest, each
-            gradient clipped at norm 1; ``adam``: Adam for all, falling to 0 along a cosine.
+        optimizer: the learner, a name in LEARNERS or module:attribute.
         lr, lr_network, lr_scale: of the solver's times, the network's times, the output scale; for losses in units of
             the start's.
         min_lr, min_lr_network, lr_decay: after each loss of patience the rates are multiplied, down to these.
@@ -70,8 +70,9 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("ld3", "adam"):
-            raise ValueError(f"optimizer must be ld3 or adam, got {self.optimizer!r}")
+        if self.optimizer not in registry.names("learner") and ":" not in self.optimizer:
+            known = ", ".join(registry.names("learner"))
+            raise ValueError(f"optimizer must be one of {known}, or module:attribute, got {self.optimizer!r}")
         if self.final not in FINALS:
             raise ValueError(f"final must be one of {', '.join(FINALS)}, got {self.final!r}")
         counts = ("validation_pairs", "batch_size", "validation_batch", "validate_every", "patience")
@@ -84,34 +85,27 @@ class FitSettings:
                 raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
 
 
-ADAM = FitSettings(
-    validation_pairs=250,
-    batch_size=125,
-    validation_batch=500,
-    rounds_theta=0,
-    rounds_both=80,
-    optimizer="adam",
-    lr=2e-2,
-    lr_network=2e-2,
-    gamma=0.0,
-    validate_every=10,
-    patience=1000,
-    reload_each_round=False,
-)
-"""For 1000 pairs: larger batches, in which single noises that end in another mode weigh less, and no reloading."""
-
-
 class Optimizers:
-    """The optimisers of a fit. ``parameters``: those that learn now; ``lr``: that of the solver's times."""
+    """The optimisers of a fit, one for each parameter, each gradient clipped at norm 1: the part that learners share.
+
+    Attributes:
+        parameters: those that learn now. lr: that of the solver's times.
+    """
 
     def __init__(self, times: LearnedTimesteps, settings: FitSettings, nfe: int) -> None:
         self.settings, self.times, self.annealed = settings, times, 1.0
-        over = nfe if settings.optimizer == "ld3" else 1
-        self.lr, self.lr_network = settings.lr, settings.lr_network / over
+        self.lr, self.lr_network = settings.lr, settings.lr_network
         self.min_lr_network = settings.min_lr_network
         self.parameters: list[Parameter] = []
         self._optimizers: list[Optimizer] = []
         self._take([times.theta])
+
+    def optimizer(self, parameter: Parameter, rate: float) -> Optimizer:
+        """A learner's own choice for theta, xi or the scale."""
+        raise NotImplementedError
+
+    def anneal(self, progress: float) -> None:
+        """Called after each iteration with the share of them that is done."""
 
     def learn_network_times(self) -> None:
         """From now on all parameters learn."""
@@ -124,26 +118,12 @@ class Optimizers:
 
     def reset(self) -> None:
         """Forgets momenta and squares."""
-        self._optimizers = [self._optimizer(each) for each in self.parameters]
+        self._optimizers = [self.optimizer(each, self._rate(each)) for each in self.parameters]
 
     def _rate(self, parameter: Parameter) -> float:
         if parameter is self.times.theta:
             return self.lr * self.annealed
         return (self.lr_network if parameter is self.times.xi else self.settings.lr_scale) * self.annealed
-
-    def _optimizer(self, parameter: Parameter) -> Optimizer:
-        rate = self._rate(parameter)
-        if self.settings.optimizer == "adam" or parameter is self.times.scale:
-            return Adam([parameter], lr=rate)
-        if parameter is self.times.theta:
-            return RMSprop([parameter], lr=rate, momentum=0.9)
-        return SGD([parameter], lr=rate)
-
-    def anneal(self, progress: float) -> None:
-        """``adam``: all rates at this share of the iterations, along a cosine."""
-        if self.settings.optimizer == "adam":
-            self.annealed = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-            self._set_rates()
 
     def decay(self) -> None:
         """Lowers the rates, down to their floors."""
@@ -152,9 +132,10 @@ class Optimizers:
         if len(self.parameters) > 1:
             floor = min(settings.min_lr_network, self.lr_network)
             self.lr_network = max(settings.lr_decay * self.lr_network, floor)
-        self._set_rates()
+        self.set_rates()
 
-    def _set_rates(self) -> None:
+    def set_rates(self) -> None:
+        """After they have changed."""
         for parameter, optimizer in zip(self.parameters, self._optimizers, strict=True):
             optimizer.param_groups[0]["lr"] = self._rate(parameter)
 

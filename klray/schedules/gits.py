@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from klray import registry
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
-from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 
 METRICS = {"dev": 2, "l1": 1, "l2": 2}  # the order of the norm they are made of
@@ -176,5 +176,5 @@ def _path(
         estimates.append((x - schedule.alpha(t) * x0_hat) / schedule.sigma(t))
         return x0_hat
 
-    x = SOLVERS[teacher].sample(recorded, schedule, schedule.prior_std * noise, timesteps)
+    x = registry.entry("solver", teacher).sample(recorded, schedule, schedule.prior_std * noise, timesteps)
     return torch.stack([*states, x / schedule.alpha(timesteps[-1])]), torch.stack(estimates)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klray import registry
 from klray.core.denoiser import Denoiser
 from klray.core.finish import solve
 from klray.core.learned_timesteps import scaled
 from klray.core.schedule import Schedule
-from klray.core.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LearnedSchedule:
         if self.scale is not None:
             scale = torch.tensor(self.scale, dtype=torch.float64, device=noise.device)
             denoiser = scaled(denoiser, schedule, model_timesteps, scale)
-        solver = SOLVERS[self.solver]
+        solver = registry.entry("solver", self.solver)
         options = {**self.options, **solver.plan(self.nfe)[1]}
         final = self.settings.get("final", "denoise")
         return solve(solver, denoiser, schedule, noise, timesteps, model_timesteps, options=options, final=final)

@@ -16,7 +16,6 @@ from torch import Tensor
 from klray.cluster.connect import cluster_size
 from klray.cluster.pool import Place, Report, Work, run_jobs
 from klray.core.timesteps import TIMESTEPS
-from klray.data.sources import to_uint8
 from klray.evaluation.feature_maps import efficientnet_maps, lpips_vgg
 from klray.runs.provenance import git_commit, hardware
 from klray.sampling.model import Model, load_model
@@ -194,7 +193,7 @@ def _images(
             baseline = replace(learned, timesteps=grids[name], model_timesteps=grids[name], scale=None)
             shown[name] = baseline.sample(model.denoiser, model.schedule, pairs.noise)
     shown["ld3"] = learned.sample(model.denoiser, model.schedule, pairs.noise)
-    return {name: to_uint8(images).cpu() for name, images in shown.items()}
+    return {name: model.encoder.decode(images).cpu() for name, images in shown.items()}
 
 
 def _distance(ask: Ask, device: torch.device) -> Distance | None:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from klray import registry
 from klray.config import flatten
-from klray.core.solvers import SOLVERS
 from klray.errors import UserError
 
 FORMAT = 1
@@ -71,7 +71,7 @@ def home_of(model: Path) -> Path:
 
 def chosen(solver: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that differ from the solver's defaults."""
-    defaults = SOLVERS[solver].options
+    defaults = registry.entry("solver", solver).options
     return {key: options[key] for key in sorted(options) if options[key] != defaults[key]}
 
 

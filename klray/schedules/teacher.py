@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from klray import registry
 from klray.core.denoiser import Denoiser
 from klray.core.finish import solve
 from klray.core.schedule import Schedule
-from klray.core.solvers import SOLVERS
 from klray.errors import UserError
 from klray.parallel.random import Purpose, normal
 
@@ -106,7 +106,7 @@ class Teacher:
             batch = list(seeds[first : first + batch_size])
             padded = torch.tensor(batch + batch[:1] * (batch_size - len(batch)), device=device)
             noise = normal(0, 0, Purpose.SAMPLE, padded, shape).to(dtype)
-            solver = SOLVERS[self.solver]
+            solver = registry.entry("solver", self.solver)
             images = solve(solver, denoiser, schedule, noise, timesteps, options=self.options, final=self.final)
             parts.append(TeacherPairs(noise[: len(batch)].cpu(), images[: len(batch)].cpu()))
         return TeacherPairs.cat(parts)

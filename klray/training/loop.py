@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from klray.build import build_denoiser, build_network, build_process, build_sampler
+from klray.build import build_denoiser, build_encoder, build_network, build_process, build_sampler
 from klray.config import Config
 from klray.data.sources import ImageData
 from klray.data.stream import ImageStream
@@ -23,7 +23,7 @@ from klray.runs.progress import fits
 from klray.runs.train_state import Progress, TrainState, ema_network, new_state
 from klray.sampling.draw import image_grid, sample_images
 from klray.training.initialise import initialise
-from klray.training.step import TrainStep, call_size, learning_rate
+from klray.training.step import TrainStep, call_size
 from klray.training.validate import validate
 
 # (progress, metrics, images): called on every rank with the same metrics; images [h, w, 3] uint8 on rank 0 alone.
@@ -60,7 +60,7 @@ def train(
     state = new_state(config, network, device)
     if latest is not None:
         restore(latest, state)
-    images = ImageStream(data.train, config.seed, config.data.flip, device)
+    images = ImageStream(data.train, config.seed, config.data.flip, device, build_encoder(config))
     held_out = torch.from_numpy(np.ascontiguousarray(data.held_out))
     network.train()
     step = TrainStep(config, process, state, images, mesh, device, warn)
@@ -127,7 +127,8 @@ def _sample_grid(
     seeds = range(min(count, batches.start * size), min(count, batches.stop * size))
     drawn = torch.zeros(count, *data.train.shape[1:], device=device)
     if len(seeds):
-        mine = sample_images(denoiser, process, sampler, seeds, data.train.shape[1:], batch_size=size, device=device)
+        how: dict[str, Any] = {"batch_size": size, "device": device, "encoder": build_encoder(config)}
+        mine = sample_images(denoiser, process, sampler, seeds, data.train.shape[1:], **how)
         drawn[seeds.start : seeds.stop] = mine.to(drawn)
     total = mesh.sum_over_all(drawn).to(torch.uint8).cpu()
     return {"samples": image_grid(total)} if mesh.rank == 0 else {}
@@ -189,7 +190,7 @@ class _Meter:
         metrics = {
             "train/loss": value,
             "train/skipped_steps": skipped,
-            "train/lr": learning_rate(self.config, progress.images_seen - self.config.optimizer.batch_size),
+            "train/lr": step.rate(progress.images_seen - self.config.optimizer.batch_size),
             "perf/images_per_s": images / elapsed,
             "perf/network_evals_per_s": evals / elapsed,
             "perf/data_wait": step.data_seconds / elapsed,

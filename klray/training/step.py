@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -9,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from klray.build import build_parametrisation, build_rate
 from klray.config import Config
-from klray.core.losses import backward_kl_loss
-from klray.core.process import NoiseProcess
+from klray.core.losses import NoisyBatch, backward_kl_loss
+from klray.core.process import NoiseProcess, training_times
 from klray.data.stream import ImageStream
 from klray.networks.half import HalfWeights, amp_dtype
 from klray.networks.terms import TermNetwork
 from klray.parallel.cuda_graph import CudaGraph
 from klray.parallel.mesh import Mesh
 from klray.parallel.random import Purpose, dropout_keys, normal, permutation, uniform
+from klray.runs.progress import steps_of
 from klray.runs.train_state import TrainState
 
 
@@ -42,7 +45,10 @@ class TrainStep:
         self.images, self.mesh, self.device = images, mesh, device
         self.amp = amp_dtype(config.precision.amp, device)
         self.parameters = list(state.network.parameters())
-        self.has_dropout = config.network.dropout > 0
+        self.has_dropout = state.network.has_dropout
+        self.read = build_parametrisation(config)(process)
+        self.rate = rate_of(config)
+        self.skips_alone = getattr(state.optimizer, "_step_supports_amp_scaling", False)  # where found_inf is set
         self.data_seconds = 0.0  # waiting for images, until whoever reports it sets it back
         self.positions = mesh.local_positions(config.optimizer.batch_size)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
@@ -58,7 +64,8 @@ class TrainStep:
         if mesh.size == 1 and state.network.fused and self.amp is not None:
             self.half = HalfWeights(state.network, self.amp)
         self.compute: Callable[[], Tensor] = self._compute
-        if mesh.size == 1 and device.type == "cuda" and config.precision.cuda_graph == "auto":
+        capturable = state.optimizer.defaults.get("capturable", False)
+        if mesh.size == 1 and device.type == "cuda" and config.precision.cuda_graph == "auto" and capturable:
             self.compute = CudaGraph(self._compute, lambda why: warn(f"the step runs without a CUDA graph: {why}"))
 
     def __call__(self) -> Tensor:
@@ -69,7 +76,7 @@ class TrainStep:
         self.data_seconds += time.perf_counter() - began
         self.number.fill_(progress.step)
         for group in self.state.optimizer.param_groups:
-            group["lr"] = _placed(group["lr"], learning_rate(config, progress.images_seen))
+            group["lr"] = _placed(group["lr"], group.get("lr_share", 1.0) * self.rate(progress.images_seen))
         loss = self.compute()
         if (progress.step + 1) % config.ema.every == 0:
             self.state.ema.update()
@@ -98,11 +105,11 @@ class TrainStep:
         return loss
 
     def _times(self, where: Tensor) -> Tensor:
-        """t [B] float64: uniform on [t_min, t_max], or on n/N."""
+        """t [B] float64: the process' own training times, or uniform on n/N."""
         u = uniform(self.config.seed, self.number, Purpose.TIME, where)
         grid = self.config.process.time_grid
         if grid == "continuous":
-            return self.process.t_min + u * (self.process.t_max - self.process.t_min)
+            return training_times(self.process, u)
         return (torch.floor(u * grid) + 1) / grid
 
     def _terms(self) -> Tensor:
@@ -124,7 +131,8 @@ class TrainStep:
         z = normal(config.seed, self.number, Purpose.NOISE, where, shape, x0.dtype)
         t = self._times(where)
         terms = self._terms()
-        mine = self.mesh.local_terms(terms)
+        batch = NoisyBatch.of(self.process, self.read, x0, z, t, terms)
+        mine = self.mesh.local_terms(torch.arange(len(terms), device=self.device))
 
         def predict(x: Tensor, t: Tensor, chunk: Tensor, last: bool = False) -> Tensor:
             rows = chunk[:1] * 0 if network.wide else chunk
@@ -142,20 +150,15 @@ class TrainStep:
 
         loss = backward_kl_loss(
             predict,
-            self.process,
-            x0,
-            z,
-            t,
-            coupling=config.loss.coupling,
-            prediction=config.loss.prediction,
-            terms=terms,
-            chunks=mine.split(config.loss.term_chunk or len(mine)) if len(mine) else (),
-            sum_over_basis=self.mesh.sum_over_basis,
-            backward=backward,
+            batch,
+            config.loss.coupling,
+            mine.split(config.loss.term_chunk or len(mine)) if len(mine) else (),
+            self.mesh.sum_over_basis,
+            backward,
         )
         if last_batch and not len(mine):
             # A rank without terms in this step still takes part in the reduction of the gradients.
-            backward(0 * predict(x0[:1], t[:1], terms[:1], True).float().sum())
+            backward(0 * predict(batch.shown[:1], batch.time[:1], terms[:1], True).float().sum())
         return loss.sum() / share
 
     def _update(self) -> None:
@@ -168,9 +171,10 @@ class TrainStep:
         if state.scaler.is_enabled():
             state.scaler.step(state.optimizer)
             state.scaler.update()
-        else:
-            # The fused optimiser skips on the device where found_inf is 1: nothing waits for the host.
+        elif self.skips_alone:  # on the device, where found_inf is 1: nothing waits for the host
             state.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            state.optimizer.step()
+        elif not bool(bad):
             state.optimizer.step()
         state.optimizer.zero_grad()
         state.nonfinite[0] += bad
@@ -185,10 +189,17 @@ def call_size(config: Config, mesh: Mesh) -> tuple[int, int]:
     return images, config.loss.term_chunk or -(-config.terms_per_step // mesh.basis_size)
 
 
-def learning_rate(config: Config, images_seen: int) -> float:
-    """That of the step after so many images: a linear warm-up, then constant."""
-    settings = config.optimizer
-    return settings.lr * min(1.0, (images_seen + settings.batch_size) / max(1, settings.warmup_images))
+def rate_of(config: Config) -> Callable[[int], float]:
+    """images seen -> the learning rate of the step that follows: the rate schedule, after a linear warm-up."""
+    settings, schedule = config.optimizer, build_rate(config)
+    # In seconds there is no knowing how many images it will be, and the rate is constant.
+    whole = math.inf if config.budget.unit == "seconds" else steps_of(config) * settings.batch_size
+
+    def rate(images_seen: int) -> float:
+        warm = min(1.0, (images_seen + settings.batch_size) / max(1, settings.warmup_images))
+        return settings.lr * warm * schedule(images_seen / whole)
+
+    return rate
 
 
 def _placed(place: Tensor | float, value: float) -> Tensor | float:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from klray.build import build_denoiser
+from klray.build import build_denoiser, build_encoder, build_parametrisation
 from klray.config import Config
 from klray.core.losses import kl_loss
-from klray.core.process import NoiseProcess
-from klray.data.sources import to_unit_range
+from klray.core.process import NoiseProcess, training_times
 from klray.networks.half import amp_dtype, in_precision
 from klray.networks.terms import TermNetwork
 from klray.parallel.mesh import Mesh
@@ -30,6 +29,7 @@ def validate(
     process and seed; with M terms, coupling and marginal it stays comparable, which the loss does not.
     """
     count, bins = min(config.validation.images, len(images)), config.validation.time_bins
+    encoder = build_encoder(config)
     levels = torch.tensor(NOISE_LEVELS, dtype=torch.float64, device=device)
     times = process.t_of_lam(levels)
     predict = in_precision(network, amp_dtype(config.precision.amp, device))
@@ -48,7 +48,7 @@ def validate(
         stop = min(start + size, mine.stop)
         where = torch.arange(start, stop, device=device)
         # By a slice: CUDA refuses an index on the device for images on the host.
-        x0 = to_unit_range(images[start:stop].to(device))
+        x0 = encoder.encode(images[start:stop].to(device))
         for level, t in enumerate(times):
             noise = normal(0, level, Purpose.VALIDATION_NOISE, where, (1, *x0.shape[1:]), x0.dtype)
             x_t = process.alpha(t) * x0 + process.sigma(t) * noise[:, 0]
@@ -57,7 +57,7 @@ def validate(
         z = normal(0, len(levels), Purpose.VALIDATION_NOISE, where, (process.num_terms, *x0.shape[1:]), x0.dtype)
         for bin_index in range(bins):
             u = (bin_index + uniform(0, bin_index, Purpose.VALIDATION_TIME, where)) / bins
-            t = process.t_min + u * (process.t_max - process.t_min)
+            t = training_times(process, u)
             loss = kl_loss(
                 predict_in_chunks,
                 process,
@@ -65,7 +65,7 @@ def validate(
                 z,
                 t,
                 coupling=config.loss.coupling,
-                prediction=denoiser.prediction,
+                prediction=build_parametrisation(config),
             )
             sums[:, len(levels) + bin_index] += torch.stack([loss.double().sum(), torch.ones_like(loss).double().sum()])
     totals = mesh.sum_over_all(sums)

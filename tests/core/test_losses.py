@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from klray.core.karhunen_loeve import MARGINALS, KarhunenLoeve
-from klray.core.losses import COUPLINGS, PREDICTIONS, backward_kl_loss, coefficients, kl_loss, output_scale
+from klray.core.losses import COUPLINGS, NoisyBatch, backward_kl_loss, kl_loss
+from klray.core.parametrisations import PARAMETRISATIONS, Share, noise_shares, parametrisation
 from klray.core.process import Ensemble, NoiseProcess, SingleTerm
 from klray.core.schedule import VPLinear
 from klray.networks.mlp import MLP
@@ -31,7 +32,7 @@ def make(seed: int = 0, terms: int = M) -> tuple[Tensor, Tensor, Tensor]:
 
 def make_network(terms: int = M, dropout: float = 0.0) -> TermNetwork:
     torch.manual_seed(1)
-    backbone = MLP(image_size=4, width=16, dropout=dropout, num_class_embeds=terms if terms > 1 else None)
+    backbone = MLP(image_size=4, width=16, dropout=dropout, num_classes=terms if terms > 1 else None)
     return TermNetwork(backbone.double(), terms).double()
 
 
@@ -41,8 +42,25 @@ def gradient(loss: Tensor, network: TermNetwork) -> Tensor:
     )
 
 
+def edm_image(x: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Karras et al.'s denoiser D(x; s) with sigma_data 0.5, for x_t/alpha at s = sigma/alpha."""
+    s = sigma / alpha
+    return 0.25 / (s**2 + 0.25) * x / alpha + 0.5 * s / (s**2 + 0.25).sqrt() * output
+
+
+# e_hat_m from the network's output, written out: x_t, output, alpha, sigma, c_m, the term's share.
+READ: dict[str, Any] = {
+    "term": lambda x, f, a, s, c, share: f,
+    "coefficient": lambda x, f, a, s, c, share: c * f,
+    "share": lambda x, f, a, s, c, share: share * f,
+    "v": lambda x, f, a, s, c, share: share * (s * x + a * f) / (a**2 + s**2),
+    "x0": lambda x, f, a, s, c, share: share * (x - a * f) / s,
+    "edm": lambda x, f, a, s, c, share: share * (x - a * edm_image(x, f, a, s)) / s,
+}
+
+
 @pytest.mark.parametrize("marginal", MARGINALS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", PARAMETRISATIONS)
 @pytest.mark.parametrize("chosen", [None, [2], [3, 0]])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_loss_is_its_definition(coupling: str, chosen: list[int] | None, prediction: str, marginal: str) -> None:
@@ -55,15 +73,23 @@ def test_loss_is_its_definition(coupling: str, chosen: list[int] | None, predict
         sigma, std = process.sigma(t[b]), process.term_std(t[b])
         c = std / sigma
         x_t = process.alpha(t[b]) * x0[b] + sum(std[m] * z[b, m] for m in range(M))
-        factor = {"term": [1.0] * M, "coefficient": c, "share": c**2 / sum(c**2)}[prediction]
+        share = c**2 / sum(c**2)
+        shown, time, weight = x_t, t[b], 1.0
+        if prediction == "edm":
+            s = sigma / process.alpha(t[b])
+            shown, time, weight = x_t / process.alpha(t[b]) / (s**2 + 0.25).sqrt(), s.log() / 4, (s**2 + 0.25) / 0.25
+        elif prediction in ("v", "x0"):
+            a = process.alpha(t[b])
+            weight = ((a**2 + sigma**2) / a) ** 2 if prediction == "v" else (sigma / a) ** 2
         residuals = []
         for m in subset:
-            output = network(x_t[None], t[b : b + 1], torch.tensor([m]))[0, 0]
-            residuals.append(c[m] * z[b, m] - factor[m] * output)
+            output = network(shown[None], time[None], torch.tensor([m]))[0, 0]
+            e_hat = READ[prediction](x_t, output, process.alpha(t[b]), sigma, c[m], share[m])
+            residuals.append(c[m] * z[b, m] - e_hat)
         if coupling == "joint":
-            expected = M / len(residuals) * sum(residuals).square().mean()
+            expected = weight * M / len(residuals) * sum(residuals).square().mean()
         else:
-            expected = M / len(residuals) * sum(r.square().mean() for r in residuals)
+            expected = weight * M / len(residuals) * sum(r.square().mean() for r in residuals)
         torch.testing.assert_close(loss[b], expected, rtol=1e-10, atol=1e-12)
 
 
@@ -71,7 +97,7 @@ def test_joint_matched_loss_knows_z_only_through_its_sum() -> None:
     """Another z of equal sum has the same loss and gradient, those of the VP loss of the summed predictor."""
     process, network = KarhunenLoeve(VPLinear(), M), make_network()
     x0, z, t = make()
-    c = coefficients(process, t)[..., None, None, None]  # [B, M, 1, 1, 1]
+    c = noise_shares(process, t)[..., None, None, None]  # [B, M, 1, 1, 1]
     change = torch.randn_like(z)
     change -= c * (c * change).sum(1, keepdim=True)  # c has norm 1, so the weighted sum of the change is 0
     other = z + change
@@ -114,11 +140,11 @@ def test_the_optimum_of_a_term_is_its_share_of_the_noise(marginal: str) -> None:
     """On Gaussian data everything is linear: E[e_m | x_t] = Cov(e_m, x_t) / Var(x_t) x_t, in closed form and fitted."""
     process = KarhunenLoeve(VPLinear(), M, marginal)
     data_std, t = 0.5, torch.tensor([0.4], dtype=torch.float64)
-    c, sigma, alpha = coefficients(process, t)[0], process.sigma(t), process.alpha(t)
+    c, sigma, alpha = noise_shares(process, t)[0], process.sigma(t), process.alpha(t)
     variance = alpha**2 * data_std**2 + sigma**2
     optimal_eps = sigma / variance  # E[eps | x_t] = this times x_t, for eps of unit variance
     optimal_terms = sigma * c**2 / variance  # Cov(e_m, x_t) = c_m^2 sigma
-    share = output_scale(process, t, torch.arange(M), "share")[0]
+    share = Share(process).scale(t)[0]
     torch.testing.assert_close(share * optimal_eps, optimal_terms, rtol=1e-12, atol=0)
 
     n = 400_000
@@ -152,13 +178,15 @@ def chunked(
     def predict(x: Tensor, t: Tensor, chunk: Tensor, last: bool) -> Tensor:
         return network(x, t, chunk, dropout_keys(0, 7, torch.arange(len(x)), chunk))
 
+    read = parametrisation(how.pop("prediction", "term"), process)
+    batch = NoisyBatch.of(process, read, x0, z, t, how.pop("terms"))
     same = {"sum_over_basis": lambda partial: partial, "backward": backward}
-    return backward_kl_loss(predict, process, x0, z, t, **{**same, **how})
+    return backward_kl_loss(predict, batch, **{**same, **how})
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [3, 1, 2], [1]])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", PARAMETRISATIONS)
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_chunked_gradient_is_exact_with_dropout(coupling: str, prediction: str, chosen: list[int], size: int) -> None:
     process, network = KarhunenLoeve(VPLinear(), M), make_network(dropout=0.1).train()
@@ -174,7 +202,12 @@ def test_chunked_gradient_is_exact_with_dropout(coupling: str, prediction: str, 
     def backward(loss: Tensor) -> None:
         total.add_(gradient(loss, network))
 
-    how = {"coupling": coupling, "prediction": prediction, "terms": terms, "chunks": terms.split(size)}
+    how = {
+        "coupling": coupling,
+        "prediction": prediction,
+        "terms": terms,
+        "chunks": torch.arange(len(terms)).split(size),
+    }
     loss = chunked(network, process, inputs, backward, **how)
     torch.testing.assert_close(loss, direct.detach(), rtol=1e-10, atol=1e-12)
     assert float((total - expected).norm() / expected.norm()) <= 1e-10
@@ -211,7 +244,12 @@ def test_chunks_need_the_activations_of_one_chunk() -> None:
             loss.sum().backward()
             held = 0
 
-        how = {"coupling": "joint", "prediction": "term", "terms": terms, "chunks": terms.split(size)}
+        how = {
+            "coupling": "joint",
+            "prediction": "term",
+            "terms": terms,
+            "chunks": torch.arange(len(terms)).split(size),
+        }
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             chunked(network, process, inputs, backward, **how)
         return peak
@@ -226,7 +264,7 @@ def test_chunks_need_the_activations_of_one_chunk() -> None:
     ("how", "message"),
     [
         ({"coupling": "both"}, "coupling must be one of joint, separable, got 'both'"),
-        ({"prediction": "noise"}, "prediction must be one of term, coefficient, share, got 'noise'"),
+        ({"prediction": "noise"}, "prediction must be one of term, coefficient, share, v, x0, edm, got 'noise'"),
     ],
 )
 def test_unknown_choices_are_refused(how: dict[str, str], message: str) -> None:
@@ -249,13 +287,8 @@ def test_calls_of_a_chunk_plan_and_which_is_the_last(coupling: str, size: int, c
 
     backward_kl_loss(
         predict,
-        process,
-        x0,
-        z,
-        t,
+        NoisyBatch.of(process, parametrisation("term", process), x0, z, t, torch.arange(M)),
         coupling=coupling,
-        prediction="term",
-        terms=torch.arange(M),
         chunks=torch.arange(M).split(size),
         sum_over_basis=lambda partial: partial,
         backward=lambda loss: flags.append("backward"),  # type: ignore[arg-type]
@@ -285,7 +318,8 @@ def test_two_ranks_share_the_terms(coupling: str, chosen: list[int]) -> None:
     sums = [predict(process.perturb(x0, z, t), t, half).sum(1).detach() if len(half) else 0 * x0 for half in halves]
     for mine, other in ((0, 1), (1, 0)):
         how = {"coupling": coupling, "prediction": "term", "terms": terms}
-        how["chunks"] = halves[mine].split(1) if len(halves[mine]) else ()
+        places = torch.arange(len(terms))[mine::2]
+        how["chunks"] = places.split(1) if len(places) else ()
         how["sum_over_basis"] = lambda partial, other=other: partial + sums[other]
         loss += chunked(network, process, inputs, lambda part: total.add_(gradient(part, network)), **how)
     torch.testing.assert_close(loss, direct.detach(), rtol=1e-10, atol=1e-12)

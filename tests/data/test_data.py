@@ -17,7 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from klray.data.sources import DataError, ImageData, horizontal_flip, load_images, to_uint8, to_unit_range
+from klray.data.encoders import Pixels
+from klray.data.sources import DataError, ImageData, load_images
 from klray.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -443,24 +444,24 @@ def test_a_bad_argument_is_answered_with_rule_value_and_way_out(options: dict, p
 
 def test_unit_range_round_trip_is_exact_for_every_value() -> None:
     values = torch.arange(256, dtype=torch.uint8)
-    unit = to_unit_range(values)
+    unit = Pixels().encode(values)
     assert unit.dtype == torch.float32
     assert unit[0] == -1 and unit[255] == 1 and (unit.diff() > 0).all()
     torch.testing.assert_close(unit.double(), values.double() / 127.5 - 1, atol=1e-7, rtol=0)
-    assert torch.equal(to_uint8(unit), values)
+    assert torch.equal(Pixels().decode(unit), values)
 
 
 def test_to_uint8_rounds_and_clamps() -> None:
     level = 1 / 127.5
     x = torch.tensor([-9.0, -1.0, -1 + 0.4 * level, -1 + 0.6 * level, 1 - 0.6 * level, 1.0, 1.4, 9.0])
-    assert to_uint8(x).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
-    assert to_uint8(x.double()).dtype == torch.uint8
+    assert Pixels().decode(x).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
+    assert Pixels().decode(x.double()).dtype == torch.uint8
 
 
 def test_only_the_images_asked_for_are_mirrored() -> None:
     images = torch.arange(3 * 2 * 2 * 3, dtype=torch.uint8).reshape(3, 2, 2, 3)
-    mirrored = horizontal_flip(images, torch.tensor([True, False, True]))
+    mirrored = Pixels().flip(images, torch.tensor([True, False, True]))
     assert mirrored[0, 0].tolist() == [[2, 1, 0], [5, 4, 3]]
     assert torch.equal(mirrored[1], images[1])
     assert torch.equal(mirrored[2], images[2].flip(-1))
-    assert torch.equal(horizontal_flip(mirrored, torch.tensor([True, False, True])), images)
+    assert torch.equal(Pixels().flip(mirrored, torch.tensor([True, False, True])), images)

@@ -12,8 +12,9 @@ from klray.evaluation.feature_maps import efficientnet_maps
 from klray.sampling.model import load_model
 from klray.schedules.ask import teacher_of
 from klray.schedules.fit import fit_timesteps
-from klray.schedules.fit_settings import ADAM, FitSettings
+from klray.schedules.fit_settings import FitSettings
 from klray.schedules.learned_schedule import LearnedSchedule
+from klray.schedules.learners import ADAM
 from klray.schedules.perceptual import FeatureDistance
 from klray.schedules.teacher import TeacherPairs
 from tests.device.second_device import Counting

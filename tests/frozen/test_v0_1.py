@@ -31,21 +31,24 @@ from klray.runs.train_state import Progress
 from klray.sampling.draw import sample_images
 from klray.sampling.model import load_model
 from klray.schedules.fit import fit_timesteps
-from klray.schedules.fit_settings import ADAM, FitSettings
+from klray.schedules.fit_settings import FitSettings
+from klray.schedules.learners import ADAM
 from klray.schedules.teacher import Teacher
 from klray.training.loop import train
 
 FILE = Path(__file__).with_name("v0_1.json")
 CPU = torch.device("cpu")
 TINY = [
-    *("data.limit=200", "network.channels=[8, 16]", "optimizer.batch_size=16", "optimizer.warmup_images=64"),
+    *("data.limit=200", "optimizer.batch_size=16", "optimizer.warmup_images=64"),
     *("budget.unit=steps", "budget.amount=12", "precision.amp=off", "tracking.every_steps=1", "data.flip=true"),
     *("validation.every_images=96", "validation.images=20", "validation.batch_size=16", "sampling.images=1"),
 ]
+UNET = "network.channels=[8, 16]"
 RUNS = {
-    "vp": ["process.num_terms=0"],
-    "kl_joint": ["process.num_terms=3", "loss.term_chunk=1", "network.dropout=0.2", "seed=3"],
+    "vp": ["process.num_terms=0", UNET],
+    "kl_joint": [UNET, "process.num_terms=3", "loss.term_chunk=1", "network.dropout=0.2", "seed=3"],
     "kl_separable": [
+        UNET,
         *("process.num_terms=4", "loss.partial_terms=2", "loss.coupling=separable", "loss.prediction=coefficient"),
         *("process.marginal=truncated", "process.time_grid=100", "network.term_input=time_offset"),
     ],

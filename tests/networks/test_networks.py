@@ -22,6 +22,7 @@ from klray.networks.weights import fold, save_pipeline, start_from_baseline
 
 M = 3
 HO = {"image_size": 32, "in_channels": 3, "channels": (128, 256, 256, 256), "attention": (False, True, False, False)}
+HO |= {"layers_per_block": 2, "norm_groups": 32}
 SMALL = {"image_size": 8, "in_channels": 2, "channels": (8, 16), "attention": (False, True), "layers_per_block": 1}
 
 

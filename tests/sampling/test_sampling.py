@@ -56,7 +56,7 @@ def test_clip_x0_bounds_the_estimate() -> None:
 
 
 def test_a_seed_fixes_its_image_whatever_the_batches() -> None:
-    network = TermNetwork(MLP(image_size=8, width=32, num_class_embeds=3), 3).eval()
+    network = TermNetwork(MLP(image_size=8, width=32, num_classes=3), 3).eval()
     denoiser = TermDenoiser(network, KarhunenLoeve(VPLinear(), 3), term_chunk=2)
     sampler = build_sampler(Sampling(num_steps=5))
 
@@ -119,7 +119,7 @@ def test_images_of_gaussian_data_have_the_datas_std(marginal: str) -> None:
 
 
 def test_chunks_of_terms_give_the_same_estimate_in_smaller_calls() -> None:
-    network = TermNetwork(MLP(image_size=4, width=16, num_class_embeds=5).double(), 5).eval()
+    network = TermNetwork(MLP(image_size=4, width=16, num_classes=5).double(), 5).eval()
     process = KarhunenLoeve(VPLinear(), 5)
     rows: list[int] = []
     network.backbone.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))

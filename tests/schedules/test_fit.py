@@ -22,9 +22,10 @@ from klray.parallel.random import Purpose, normal
 from klray.schedules import fit as fit_module
 from klray.schedules import fit_loop
 from klray.schedules.fit import fit_timesteps
-from klray.schedules.fit_settings import ADAM, FitSettings, Optimizers
+from klray.schedules.fit_settings import FitSettings, Optimizers
 from klray.schedules.forcing import TrainingNoise, project
 from klray.schedules.learned_schedule import LearnedSchedule
+from klray.schedules.learners import ADAM, LD3Optimizers
 from klray.schedules.perceptual import DISTANCES, FeatureDistance, l2
 from klray.schedules.student import Student
 from klray.schedules.teacher import Teacher, TeacherError, TeacherPairs, load_pairs, save_pairs
@@ -276,7 +277,7 @@ def test_patience_brings_parameters_back_and_forgets_momenta(monkeypatch: pytest
     assert len(resets) == 1 + 4 + 1  # the beginning, each loss of patience, the network times joining
 
     times = LearnedTimesteps(LINEAR, 4)
-    optimizers = Optimizers(times, FitSettings(), 4)
+    optimizers = LD3Optimizers(times, FitSettings(), 4)
     first = times.theta.detach().clone()
     optimizers.step([torch.ones(4).double()])
     moved = times.theta.detach().clone()
@@ -445,7 +446,7 @@ def test_a_schedule_goes_through_json_without_losing_a_bit(pairs: TeacherPairs) 
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"solver": "euler"}, "solver must be one of ddim, .*, got 'euler'"),
+        ({"solver": "euler"}, "solver must be one of ddim, .*, got 'euler'; the nearest is"),
         ({"solver": "heun", "nfe": 3}, "must be even, got 3; try 4"),
         ({"settings": replace(QUICK, loss="lpips")}, "loss must be one of l1, l2, got 'lpips'"),
         ({"settings": replace(QUICK, validation_pairs=20)}, "20 validation pairs leave none of 20 to train on"),
@@ -459,7 +460,7 @@ def test_wrong_arguments_are_named(pairs: TeacherPairs, keywords: dict[str, Any]
 
 
 def test_wrong_settings_are_named() -> None:
-    with pytest.raises(ValueError, match="optimizer must be ld3 or adam, got 'sgd'"):
+    with pytest.raises(ValueError, match="optimizer must be one of ld3, adam, or module:attribute, got 'sgd'"):
         FitSettings(optimizer="sgd")
     with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
         FitSettings(batch_size=0)

@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(zipped: bool, tmp_path: Pat
 @pytest.mark.parametrize("solver", ["unipc_3", "dpm_solver_2"])
 def test_a_grid_from_a_file_gives_the_images_of_its_points(solver: str, unit: str, tmp_path: Path) -> None:
     """Those of the named grid with these points: bit for bit as times, to rounding in other units."""
-    network = TermNetwork(MLP(image_size=8, width=32, num_class_embeds=3), 3).eval()
+    network = TermNetwork(MLP(image_size=8, width=32, num_classes=3), 3).eval()
     process = KarhunenLoeve(VPLinear(beta_max=1.0), 3)
     denoiser = TermDenoiser(network, process)
     settings = Sampling(solver=solver, num_steps=6, timesteps="edm")
