@@ -92,7 +92,7 @@ class _Section(BaseModel):
         }
 
 
-class _OpenSection(_Section):
+class OpenSection(_Section):
     """A section some of whose keys name entries of a registry; the settings of those entries are keys beside them."""
 
     SECTION: ClassVar[str]
@@ -108,7 +108,8 @@ class _OpenSection(_Section):
         chosen = tuple(_lower(str({**defaults, **values}[key])) for key in cls.SETS)
         model = _of_entries(cls, chosen)
         for key in values.keys() - model.model_fields.keys():
-            raise ConfigError(f"unknown key {cls.SECTION}.{key}{nearest(key, model.model_fields)}")
+            known = [f"{cls.SECTION}.{field}" for field in model.model_fields]
+            raise ConfigError(f"unknown key {cls.SECTION}.{key}{nearest(f'{cls.SECTION}.{key}', known)}")
         return model.model_validate({**values, **dict(zip(cls.SETS, chosen, strict=True))})  # type: ignore[return-value]
 
     def settings(self, key: str) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class _OpenSection(_Section):
 
 
 @functools.cache
-def _of_entries(section: type[_OpenSection], chosen: tuple[str, ...]) -> type[_OpenSection]:
+def _of_entries(section: type[OpenSection], chosen: tuple[str, ...]) -> type[OpenSection]:
     """The section with the settings of these entries."""
     fields: dict[str, Any] = {}
     for (key, kind), name in zip(section.SETS.items(), chosen, strict=True):
@@ -140,7 +141,7 @@ def _of_entries(section: type[_OpenSection], chosen: tuple[str, ...]) -> type[_O
     return model
 
 
-class Data(_OpenSection):
+class Data(OpenSection):
     SECTION = "data"
     SETS = {"name": "data source", "encoder": "encoder"}
 
@@ -154,7 +155,7 @@ class Data(_OpenSection):
     held_out: PositiveInt | None = None
 
 
-class Process(_OpenSection):
+class Process(OpenSection):
     SECTION = "process"
     SETS = {"kind": "process", "schedule": "schedule", "basis": "basis"}
 
@@ -166,7 +167,7 @@ class Process(_OpenSection):
     time_grid: Literal["continuous"] | PositiveInt = "continuous"  # or N: training times uniform on n/N
 
 
-class Loss(_OpenSection):
+class Loss(OpenSection):
     SECTION = "loss"
     SETS = {"prediction": "parametrisation"}
 
@@ -176,7 +177,7 @@ class Loss(_OpenSection):
     term_chunk: PositiveInt | None = None  # terms evaluated at once; null: all that the rank has
 
 
-class Network(_OpenSection):
+class Network(OpenSection):
     SECTION = "network"
     SETS = {"kind": "backbone"}
 
@@ -186,7 +187,7 @@ class Network(_OpenSection):
     init_from: str | None = None  # a baseline's checkpoint
 
 
-class Optimizer(_OpenSection):
+class Optimizer(OpenSection):
     SECTION = "optimizer"
     SETS = {"kind": "optimizer", "rate": "rate schedule"}
 
@@ -198,6 +199,9 @@ class Optimizer(_OpenSection):
     batch_size: PositiveInt = 64  # over all workers
     micro_batch: PositiveInt | None = None  # images of one forward pass on one worker; null: all it has
     max_nonfinite: PositiveInt = 20  # consecutive steps with a non-finite gradient before the run stops
+
+
+OPEN_SECTIONS: tuple[type[OpenSection], ...] = (Data, Process, Loss, Network, Optimizer)
 
 
 class Ema(_Section):
@@ -422,7 +426,7 @@ def override(tree: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> Con
     """
     merged = json.loads(json.dumps(tree))
     changes = list(changes)
-    _leave_entries(merged, dict(changes))
+    leave_entries(merged, dict(changes))
     for key, value in changes:
         *sections, leaf = key.split(".")
         node = merged
@@ -437,9 +441,9 @@ def override(tree: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> Con
         raise ConfigError(explain(error)) from error
 
 
-def _leave_entries(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+def leave_entries(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Where ``changes`` choose another entry, the settings of the one before are left behind."""
-    for section in (Data, Process, Loss, Network, Optimizer):
+    for section in OPEN_SECTIONS:
         values = tree.get(section.SECTION)
         for key, kind in section.SETS.items():
             chosen = changes.get(f"{section.SECTION}.{key}")
@@ -499,6 +503,8 @@ def explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{key} must be given; set {key}=..."
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(key, _known_keys() if '.' in key else Config.model_fields)}"
     # A union reports every branch; the rule is what all of them allow.

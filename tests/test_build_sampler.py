@@ -101,11 +101,13 @@ def test_single_step_methods_spend_an_nfe_in_the_published_orders(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "solver": (
         {"solver": "dpm_solver_pp2m"},
-        f"sampling.solver must be one of {', '.join(SOLVERS)}, got 'dpm_solver_pp2m'; the nearest is dpm_solver_pp_2m",
+        f"sampling.solver must be one of {', '.join(SOLVERS)}, or module:attribute, "
+        "got 'dpm_solver_pp2m'; the nearest is dpm_solver_pp_2m",
     ),
     "grid": (
         {"timesteps": "log_snr"},
-        f"sampling.timesteps must be one of {', '.join(TIMESTEPS)}, got 'log_snr'; the nearest is logsnr",
+        f"sampling.timesteps must be one of {', '.join(TIMESTEPS)}, or module:attribute, got 'log_snr'; "
+        "the nearest is logsnr",
     ),
     "option": (
         {"solver": "unipc_2", "options": {"varaint": "bh2"}},

@@ -41,7 +41,7 @@ class VPSchedule(Schedule, Protocol):
 
 def _rates(beta_min: float, beta_max: float, **others: object) -> None:
     if not 0 < beta_min <= beta_max:
-        raise ValueError(f"process.beta_max must be >= beta_min > 0, got {beta_max} and {beta_min}")
+        raise ValueError(f"process.beta_max must be >= beta_min = {beta_min} > 0, got {beta_max}")
 
 
 @checked_by(_rates)

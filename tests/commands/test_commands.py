@@ -14,9 +14,8 @@ import pytest
 from klray import sample, train
 from klray.config import load_config, override, preset_names
 
+MLP = ["network.kind=mlp", "network.width=16"]
 TINY = [
-    "network.kind=mlp",
-    "network.width=16",
     "budget.unit=steps",
     "budget.amount=4",
     "optimizer.batch_size=8",
@@ -41,7 +40,8 @@ def ray_runs() -> bool:
 
 
 def tiny(*changes: str, name: str = "run", more: Sequence[str] = ()) -> int:
-    settings = [part for change in (*TINY, *changes) for part in ("--set", change)]
+    network = [] if any(change.startswith(("network.kind", "network.channels")) for change in changes) else MLP
+    settings = [part for change in (*network, *TINY, *changes) for part in ("--set", change)]
     return run("--config", "digits", "--runner", "local", "--name", name, *settings, *more)
 
 
@@ -62,19 +62,19 @@ BAD_SETTINGS = {
     "loss.partial_terms=9": "loss.partial_terms must be <= process.num_terms = 4, got 9; try 4",
     "loss.partial_terms=0": "loss.partial_terms must be greater than 0, got 0",
     "process.marginal=full": "process.marginal must be 'matched', 'truncated' or 'paper', got 'full'",
-    "data.name=minst": "data.name must be 'digits', 'mnist'",
+    "data.name=minst": "data.name must be one of digits, mnist, cifar10, celeba, folder, zip, or module:attribute",
     "optimizer.lr=0": "optimizer.lr must be greater than 0, got 0",
     "optimizer.lr=fast": "optimizer.lr must be a valid number, got 'fast'",
     "budget.unit=epochs": "budget.unit must be 'images', 'network_evals', 'seconds' or 'steps', got 'epochs'",
     "network.channels=[8, 8, 8, 8, 8]": "network.attention needs one value for each of the 5 network.channels",
     "network.term_input=time_offset": "time_offset needs process.time_grid to be a number N, got continuous",
     "precision.compile=1": "precision.compile must be a valid boolean, got 1",
-    "data.name=zip": "data.path must name the zip; set data.path=...",
+    "data.name=zip": "data.path must be given; set data.path=...",
     "sampling.solver=dddim": "got 'dddim'; the nearest is ddim",
     "sampling.timesteps=uniform": "sampling.timesteps must be one of time_uniform",
     "mesh.basis=3": "mesh.basis must divide the number of workers, 1, got 3; choose 1",
     "mesh.data=2": "mesh.data x mesh.basis must be the number of workers, 1, got 2 x 1; use --workers 2",
-    "process.beta_max=0.01": "process.beta_max must be >= beta_min = 0.1, got 0.01",
+    "process.beta_max=0.01": "process.beta_max must be >= beta_min = 0.1 > 0, got 0.01",
     "optimizer.lr": "--set takes key=value, got 'optimizer.lr'; for example optimizer.lr=2e-4",
     "optimizer.lr=[": "the value of --set optimizer.lr is not valid YAML: '['",
     "network.init_from=nowhere": "nowhere; give a run's folder or a checkpoint's",
@@ -108,7 +108,7 @@ def test_a_bad_setting_is_one_line_and_exit_2(setting: str, capsys: pytest.Captu
         (["--config", "digits", "--runner", "cloud"], "invalid choice: 'cloud'"),
         (["--config", "digits", "--runner", "local", "--name", "../up"], "--name must be letters, digits"),
         (["--config", "mnist_small", "--runner", "local"], "set KLRAY_DATA"),
-        (["--config", "image_folder"], "data.path must name the folder"),
+        (["--config", "image_folder"], "data.path must be given; set data.path=..."),
         (
             ["--config", "digits", "--set", "network.init_from=nowhere"],
             "nowhere; give a run's folder or a checkpoint's",

@@ -69,7 +69,7 @@ REFUSED = {
     "--repeats must be >= 1, got 0": ["--repeats", "0"],
     "--reference-images must be >= 2, got 1": ["--reference-images", "1"],
     "features 'resnet' are not among": ["--num-samples", "100", "--features", "resnet"],
-    "--optimizer must be one of ld3, adam, got 'sgd'": ["--optimizer", "sgd"],
+    "--optimizer must be one of ld3, adam, or module:attribute, got 'sgd'": ["--optimizer", "sgd"],
     "--loss must be one of l1, l2, efficientnet_lite0, lpips_vgg, got 'lpips'; the nearest is": ["--loss", "lpips"],
     "--loss lpips_vgg and --lpips-weights VGG16.pth LPIPS.pth, torchvision's and LPIPS' own, go together": [
         "--loss",

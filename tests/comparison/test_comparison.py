@@ -93,10 +93,10 @@ ARMS: dict[str, dict[str, Any]] = {
         "network.architecture": "wide",
         "loss.coupling": "separable",
     },
-    "kl8,loss.prediction=share,network.channels=[8,16]": {
+    "kl8,loss.prediction=share,optimizer.betas=[0.8,0.9]": {
         "process.num_terms": 8,
         "loss.prediction": "share",
-        "network.channels": [8, 16],
+        "optimizer.betas": [0.8, 0.9],
     },
 }
 
@@ -194,7 +194,8 @@ BAD_ARMS: dict[str, str] = {
     "kl8,seed=3": "seed=3",
     "kl8,loss.predicton=share": "unknown key loss.predicton; did you mean loss.prediction?",
     "kl8,los.prediction=share": "unknown key los; did you mean loss?",
-    "kl8,loss.prediction=shares": "loss.prediction must be 'term', 'coefficient' or 'share', got 'shares'",
+    "kl8,loss.prediction=shares": "loss.prediction must be one of term, coefficient, share, v, x0, edm, "
+    "or module:attribute, got 'shares'",
     "kl8,loss.prediction": "takes key=value, got 'loss.prediction'",
     "kl8,loss.prediction=[": "is not valid YAML: '['",
 }
@@ -228,7 +229,7 @@ def test_a_comparison_is_of_different_arms(names: list[str], message: str) -> No
 
 
 def test_arms_keep_their_order_and_can_be_keys() -> None:
-    names = ["kl8", "vp", "kl8,network.channels=[8,16]", "kl8,network.channels=[16,16]"]
+    names = ["kl8", "vp", "kl8,optimizer.betas=[0.8,0.9]", "kl8,optimizer.betas=[0.9,0.9]"]
     arms = read_arms(names, digits())
     assert [arm.name for arm in arms] == names
     assert list(dict.fromkeys(arms)) == arms
@@ -374,7 +375,7 @@ def test_a_planned_run_has_its_rate_its_seed_and_a_name_of_its_own() -> None:
     base = digits("seed=5")
     settings = [(0.002, "result", 0), (0.002, "result", 2), (0.001, "result", 0), (0.002, "tuning", TUNING_SEED)]
     names = set()
-    for text in ("vp", "kl8k2_separable", "kl8,network.channels=[8,16]", "kl8,loss.prediction=share"):
+    for text in ("vp", "kl8k2_separable", "kl8,optimizer.betas=[0.8,0.9]", "kl8,loss.prediction=share"):
         arm = read_arm(text, base)
         config = matched(arm, base)
         for rate, stage, seed in settings:

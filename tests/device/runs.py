@@ -28,10 +28,10 @@ def shrunk(preset: str, **changes: Any) -> Config:
     What `auto` stands for on a GPU is set, as this device is none.
     """
     config = load_config(preset, ["data.path=x"] if preset == "image_folder" else [])
+    levels = len(config.network.settings("kind")["channels"])
+    unet = {"network.channels": [8] * levels, "network.norm_groups": 4, "network.layers_per_block": 1}
     settings: dict[str, Any] = {
-        "network.channels": [8] * len(config.network.channels),
-        "network.norm_groups": 4,
-        "network.layers_per_block": 1,
+        **(unet if changes.get("network__kind", "unet") == "unet" else {}),
         "process.num_terms": min(config.process.num_terms, 3),
         "data.image_size": min(config.data.image_size, 16),
         "optimizer.batch_size": _part(config.optimizer.batch_size),

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from klray.config import Config, ConfigError, flatten, load_config, nearest, parse_override, read_yaml
-from klray.study.space.keys import check_keys, with_changes
+from klray.study.space.keys import ENTRY_KEYS, check_keys, with_changes
 from klray.study.space.parts import (
     TYPES,
     Categorical,
@@ -93,8 +93,6 @@ def _space(path: Path, tree: Mapping[str, Any]) -> Space:
     file = _part(SpaceFile, tree)
     fixed = flatten(file.set)
     parameters = {name: _parameter(name, entry) for name, entry in file.parameters.items()}
-    check_keys(fixed, parameters=False)
-    check_keys(parameters, parameters=True)
     if both := [name for name in parameters if name in fixed]:
         raise ConfigError(f"{both[0]} is in set and among the parameters; leave it in one of them")
     scheduler = {"kind": file.scheduler} if isinstance(file.scheduler, str) else file.scheduler
@@ -104,6 +102,12 @@ def _space(path: Path, tree: Mapping[str, Any]) -> Space:
         config = load_config(str(path.parent / file.config) if own else file.config)
     except ConfigError as error:
         raise ConfigError(f"config: {error}") from error
+    try:  # first what settles which other keys there are
+        config = with_changes(config, {key: value for key, value in fixed.items() if key in ENTRY_KEYS})
+    except ConfigError as error:
+        raise ConfigError(f"set: {error}") from error
+    check_keys(fixed, config, parameters=False)
+    check_keys(parameters, config, parameters=True)
     try:
         base = with_changes(config, {**fixed, "budget.unit": budget.unit, "budget.amount": budget.amount})
     except ConfigError as error:

@@ -221,7 +221,7 @@ class Space:
             if not isinstance(parameter, Derived):
                 return parameter.domain(known)
             value = parameter.derive.value(known)
-            if isinstance(value, float) and not takes_fractions(name):
+            if isinstance(value, float) and not takes_fractions(name, self.base):
                 fit = _whole_for(parameter.derive, known, chosen)
                 raise ValueError(f"{parameter.derive.text} must be a whole number, got {value:g}{fit}")
             return Choices([value])
