@@ -13,6 +13,7 @@ from klray.errors import RunError, UserError
 MOST_IMAGES = 10_000_000  # of one command: their list of batches and their features are held in memory
 MOST_IN_BATCH = 65_536
 LAST_SEED = 2**63
+MOST_PROFILED = 1_000  # steps of one trace, which is held in memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,6 +156,21 @@ def workers_of(text: str) -> tuple[int, int]:
     if least > most:
         raise UserError(f"--workers LEAST-MOST must have LEAST <= MOST, got {text}")
     return least, most
+
+
+def steps_between(flag: str, text: str) -> range:
+    """``A:B``, the steps from A on and before B.
+
+    Raises:
+        UserError: naming ``flag``, for anything else, and for more steps than one trace holds.
+    """
+    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UserError(f"{flag} must be A:B with A < B, got {text!r}; for example 10:20")
+    steps = range(int(found[1]), int(found[2]))
+    if len(steps) > MOST_PROFILED:
+        raise UserError(f"{flag} must hold at most {MOST_PROFILED:,} steps, got {len(steps):,}; for example 10:20")
+    return steps
 
 
 def _ends_of(text: str) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klray.cli import Parser, run_command
+from klray.cli import Parser, run_command, steps_between
 
 if TYPE_CHECKING:
     from klray.config import Config
@@ -32,6 +32,9 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     parser.add_argument("--name", help="the run's name (default: preset + hash of the configuration)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder that holds the runs' folders")
+    parser.add_argument(
+        "--profile", metavar="A:B", help="trace steps A to B, counted from where this starts, into the run's profile/"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what it costs")
     return parser.parse_args(argv)
 
@@ -56,6 +59,7 @@ def _train(args: Namespace) -> int:
     from klray.runs.run_dir import check_run
     from klray.training.initialise import checked_start
 
+    args.profile = args.profile and steps_between("--profile", args.profile)
     seed = [] if args.seed is None else [f"seed={args.seed}"]
     config = load_config(args.config, [*args.set, *seed])
     build_sampler(config.sampling)
@@ -82,7 +86,7 @@ def _train(args: Namespace) -> int:
 
         run_dir = (args.runs / name).resolve()
         if not finished(config, run_dir, warn=lambda text: None):  # rank 0 asks the same, and says it
-            _in_process(config, data, (data_size, basis_size), run_dir, {})
+            _in_process(config, data, (data_size, basis_size), run_dir, {}, args.profile)
         return 0
     return _drive(args, config, name, (data_size, basis_size), data, least)
 
@@ -217,13 +221,19 @@ def _run(
         connect()
         elastic = least if least < mesh_shape[0] * mesh_shape[1] else None
         images = SharedImages.of(data)
-        run_on_ray(config, images, mesh_shape=mesh_shape, run_dir=run_dir, provenance=provenance, least=elastic)
+        where: dict[str, Any] = {"mesh_shape": mesh_shape, "run_dir": run_dir, "least": elastic}
+        run_on_ray(config, images, provenance=provenance, profile=args.profile, **where)
     else:
-        _in_process(config, data, mesh_shape, run_dir, provenance)
+        _in_process(config, data, mesh_shape, run_dir, provenance, args.profile)
 
 
 def _in_process(
-    config: Config, data: ImageData, mesh_shape: tuple[int, int], run_dir: Path, provenance: dict[str, Any]
+    config: Config,
+    data: ImageData,
+    mesh_shape: tuple[int, int],
+    run_dir: Path,
+    provenance: dict[str, Any],
+    profile: range | None,
 ) -> None:
     """Trains in this process: alone, or as one of torchrun's."""
     import torch
@@ -241,7 +251,8 @@ def _in_process(
     if mesh_shape != (1, 1):
         dist.init_process_group(collective_backend(config.mesh.backend, device, shared_gpu=shared))
     try:
-        train_and_record(config, data, mesh_shape=mesh_shape, device=device, run_dir=run_dir, provenance=provenance)
+        where: dict[str, Any] = {"mesh_shape": mesh_shape, "device": device, "run_dir": run_dir}
+        train_and_record(config, data, provenance=provenance, profile=profile, **where)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

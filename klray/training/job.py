@@ -77,6 +77,7 @@ def run_on_ray(
     cpus_per_worker: float | None = None,
     gpus_per_worker: float = 1,
     callbacks: list[Any] | None = None,
+    profile: range | None = None,
 ) -> None:
     """Trains on a worker group; a lost worker restarts the group from the last whole checkpoint.
 
@@ -89,6 +90,7 @@ def run_on_ray(
         cpus_per_worker: where other runs share the cluster; None: an equal share of all.
         gpus_per_worker: where there are any; below 1 several workers are on one GPU.
         callbacks: of Ray Train.
+        profile: steps of a worker group that rank 0 traces.
 
     Raises:
         WorkersError: where the cluster has too few GPUs.
@@ -110,6 +112,7 @@ def run_on_ray(
             "shared_gpu": gpus_per_worker < 1,
             "run_dir": run_dir,
             "provenance": provenance,
+            "profile": profile,
         },
         torch_config=JoinedByWorkers(),
         scaling_config=ScalingConfig(
@@ -181,6 +184,7 @@ def train_in_worker(
     run_dir: Path,
     provenance: dict[str, Any],
     on_validation: Callable[[dict[str, float]], None],
+    profile: range | None = None,
 ) -> dict[str, Any]:
     """Trains in this process. Returns {}, or {"error", "diverged"} for what every rank and every restart would meet."""
     torch.set_num_threads(threads)
@@ -200,6 +204,7 @@ def train_in_worker(
             run_dir=run_dir,
             provenance=provenance,
             on_metrics=report,
+            profile=profile,
         )
     except (UserError, RunError) as error:
         return {"error": str(error), "diverged": isinstance(error, NonFiniteError)}

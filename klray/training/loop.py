@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from klray.runs.progress import fits
 from klray.runs.train_state import Progress, TrainState, ema_network, new_state
 from klray.sampling.draw import image_grid, sample_images
 from klray.training.initialise import initialise
+from klray.training.peak_memory import take_peak
+from klray.training.profile import StepProfiler
 from klray.training.step import TrainStep, call_size, learning_rate
 from klray.training.validate import validate
 
@@ -44,6 +46,7 @@ def train(
     report: Report,
     provenance: Callable[[], dict[str, Any]] = dict,
     warn: Callable[[str], None] = lambda message: None,
+    profiler: StepProfiler | None = None,
 ) -> Progress:
     """Trains until the budget is used, from the newest whole checkpoint of ``run_dir`` on.
 
@@ -68,10 +71,12 @@ def train(
     progress = state.progress
     done = not fits(config, progress)
     while not done:
-        meter.start()
-        meter.losses.append(step())
-        # A first step holds the compilation, which is not training time.
-        meter.stop(counts=not (meter.first and (config.precision.compile or device.type == "cuda")))
+        with profiler.step() if profiler else nullcontext():
+            meter.start()
+            meter.losses.append(step())
+            # A first step holds the compilation, which is not training time.
+            counts = not (meter.first and (config.precision.compile or device.type == "cuda"))
+            meter.stop(counts, settle=profiler is not None and profiler.settles)
         done = not fits(config, progress)
         due = {
             section: getattr(config, section).every_images > 0
@@ -82,9 +87,11 @@ def train(
         if any(due.values()) or progress.step % config.tracking.every_steps == 0:
             report(progress, meter.metrics(step), {})
         if due["validation"]:
-            report(progress, validate(config, process, ema_network(state), held_out, mesh, device), {})
+            errors = validate(config, process, ema_network(state), held_out, mesh, device)
+            report(progress, {**errors, **take_peak(device, "validation")}, {})
         if due["sampling"]:
-            report(progress, {}, _sample_grid(config, state, data, mesh, device))
+            grid = _sample_grid(config, state, data, mesh, device)
+            report(progress, take_peak(device, "sampling"), grid)
         if due["evaluation"] and mesh.rank == 0:
             save_snapshot(run_dir, state, config)  # another process evaluates it; nobody waits
         if due["checkpoint"]:
@@ -147,9 +154,9 @@ class _Meter:
     def start(self) -> None:
         self.began = time.perf_counter()
 
-    def stop(self, counts: bool) -> None:
+    def stop(self, counts: bool, settle: bool) -> None:
         in_seconds = self.config.budget.unit == "seconds"
-        if self.device.type == "cuda" and (self.first or in_seconds or len(self.losses) == 1):
+        if self.device.type == "cuda" and (self.first or in_seconds or len(self.losses) == 1 or settle):
             torch.cuda.synchronize(self.device)
         progress = self.state.progress
         took = time.perf_counter() - self.began
@@ -194,14 +201,7 @@ class _Meter:
             "perf/network_evals_per_s": evals / elapsed,
             "perf/data_wait": step.data_seconds / elapsed,
             "perf/workers": float(self.mesh.size),
-            "perf/memory_gib": _memory(self.device) / 2**30,
+            **take_peak(self.device),
         }
         step.data_seconds = 0.0
         return metrics
-
-
-def _memory(device: torch.device) -> int:
-    """Peak bytes: allocated on the GPU, or resident of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
