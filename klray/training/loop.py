@@ -18,7 +18,8 @@ from klray.data.stream import ImageStream
 from klray.errors import RunError
 from klray.networks.half import amp_dtype, in_precision
 from klray.parallel.mesh import Mesh
-from klray.runs.checkpoint import DiskFullError, load_latest, restore, save_checkpoint, save_snapshot
+from klray.runs.checkpoint import DiskFullError, load_latest, restore, save_snapshot
+from klray.runs.checkpoint_writer import CheckpointWriter
 from klray.runs.progress import fits
 from klray.runs.train_state import Progress, TrainState, ema_network, new_state
 from klray.sampling.draw import image_grid, sample_images
@@ -53,7 +54,7 @@ def train(
     Raises:
         NonFiniteError: after ``optimizer.max_nonfinite`` steps in a row without a finite gradient.
         CheckpointError: where the run has checkpoints and none is whole.
-        DiskFullError: where a checkpoint does not fit on the disk.
+        DiskFullError: where a checkpoint does not fit on the disk; told at the next one, or at the end.
     """
     process = build_process(config)
     network = build_network(config)
@@ -70,46 +71,46 @@ def train(
     meter = _Meter(config, state, mesh, device)
     progress = state.progress
     done = not fits(config, progress)
-    while not done:
-        with profiler.step() if profiler else nullcontext():
-            meter.start()
-            meter.losses.append(step())
-            # A first step holds the compilation, which is not training time.
-            counts = not (meter.first and (config.precision.compile or device.type == "cuda"))
-            meter.stop(counts, settle=profiler is not None and profiler.settles)
-        done = not fits(config, progress)
-        due = {
-            section: getattr(config, section).every_images > 0
-            and (done or _due(getattr(config, section).every_images, config, progress))
-            for section in ("validation", "sampling", "checkpoint", "evaluation")
-        }
-        # Before anything else takes the device's time, what training took is settled.
-        if any(due.values()) or progress.step % config.tracking.every_steps == 0:
-            report(progress, meter.metrics(step), {})
-        if due["validation"]:
-            errors = validate(config, process, ema_network(state), held_out, mesh, device)
-            report(progress, {**errors, **take_peak(device, "validation")}, {})
-        if due["sampling"]:
-            grid = _sample_grid(config, state, data, mesh, device)
-            report(progress, take_peak(device, "sampling"), grid)
-        if due["evaluation"] and mesh.rank == 0:
-            save_snapshot(run_dir, state, config)  # another process evaluates it; nobody waits
-        if due["checkpoint"]:
-            described = {"data_fingerprint": data.fingerprint, **provenance()}
-            _save_checkpoint(config, state, described, mesh, device, run_dir)
+    with CheckpointWriter(run_dir, config) as writer:
+        while not done:
+            with profiler.step() if profiler else nullcontext():
+                meter.start()
+                meter.losses.append(step())
+                # A first step holds the compilation, which is not training time.
+                counts = not (meter.first and (config.precision.compile or device.type == "cuda"))
+                meter.stop(counts, settle=profiler is not None and profiler.settles)
+            done = not fits(config, progress)
+            due = {
+                section: getattr(config, section).every_images > 0
+                and (done or _due(getattr(config, section).every_images, config, progress))
+                for section in ("validation", "sampling", "checkpoint", "evaluation")
+            }
+            # Before anything else takes the device's time, what training took is settled.
+            if any(due.values()) or progress.step % config.tracking.every_steps == 0:
+                report(progress, meter.metrics(step), {})
+            if due["validation"]:
+                errors = validate(config, process, ema_network(state), held_out, mesh, device)
+                report(progress, {**errors, **take_peak(device, "validation")}, {})
+            if due["sampling"]:
+                grid = _sample_grid(config, state, data, mesh, device)
+                report(progress, take_peak(device, "sampling"), grid)
+            if due["evaluation"] and mesh.rank == 0:
+                save_snapshot(run_dir, state, config)  # another process evaluates it; nobody waits
+            if due["checkpoint"]:
+                _settle(writer, mesh, device)
+                if mesh.rank == 0:
+                    writer.save(state, {"data_fingerprint": data.fingerprint, **provenance()})
+        _settle(writer, mesh, device)
     return progress
 
 
-def _save_checkpoint(
-    config: Config, state: TrainState, described: dict[str, Any], mesh: Mesh, device: torch.device, run_dir: Path
-) -> None:
-    """Nobody goes on before the checkpoint is whole; where it does not fit on the disk, nobody goes on at all."""
+def _settle(writer: CheckpointWriter, mesh: Mesh, device: torch.device) -> None:
+    """Waits for the checkpoint that is being written; where it does not fit on the disk, nobody goes on."""
     full = None
-    if mesh.rank == 0:
-        try:
-            save_checkpoint(run_dir, state, config, described, config.checkpoint.keep)
-        except DiskFullError as error:
-            full = error
+    try:
+        writer.wait()
+    except DiskFullError as error:
+        full = error
     failed = mesh.sum_over_all(torch.tensor(float(full is not None), device=device))
     if failed:
         raise full or DiskFullError("rank 0 found no room for a checkpoint")
