@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from klray.errors import RunError, UserError
+from klray.errors import RunError, StoppedError, UserError
 
 MOST_IMAGES = 10_000_000  # of one command: their list of batches and their features are held in memory
 MOST_IN_BATCH = 65_536
@@ -25,9 +25,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(name: str, command: Callable[[], int], resume: str | Callable[[], str] = "") -> int:
-    """Runs a command: the user's mistakes are one line and exit 2, a failure is one line and exit 1, Ctrl-C is 130.
+    """Runs a command: the user's mistakes are one line and exit 2, a failure is one line and exit 1, Ctrl-C is 130, a
+    granted SIGTERM 143.
 
-    ``resume``: how to go on after Ctrl-C, asked for then if it depends on what there is.
+    ``resume``: how to go on after these two, asked for then if it depends on what there is.
     """
     # Libraries below call what torch has deprecated; whoever runs a command can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
@@ -42,6 +43,9 @@ def run_command(name: str, command: Callable[[], int], resume: str | Callable[[]
     except KeyboardInterrupt:
         print(f"\n{name}: stopped. {resume if isinstance(resume, str) else resume()}", file=sys.stderr)
         return 130
+    except StoppedError as stopped:
+        print(f"{name}: {stopped}. {resume if isinstance(resume, str) else resume()}", file=sys.stderr)
+        return 143
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:

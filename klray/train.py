@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,7 +41,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 the user's mistake, 1 a failure, 130 stopped by Ctrl-C."""
+    """Returns the exit status: 0 done, 2 the user's mistake, 1 a failure, 130 stopped by Ctrl-C, 143 by SIGTERM."""
     args = parse(argv)
     return run_command("klray.train", lambda: _train(args), lambda: _how_to_go_on(args))
 
@@ -84,7 +85,7 @@ def _train(args: Namespace) -> int:
     if args.runner == "torchrun" and os.environ["RANK"] != "0":
         from klray.runs.progress import finished
 
-        run_dir = (args.runs / name).resolve()
+        args.run_dir = run_dir = (args.runs / name).resolve()
         if not finished(config, run_dir, warn=lambda text: None):  # rank 0 asks the same, and says it
             _in_process(config, data, (data_size, basis_size), run_dir, {}, args.profile)
         return 0
@@ -217,12 +218,16 @@ def _run(
         print("starting Ray and the workers (about half a minute)", flush=True)
         from klray.cluster.connect import connect
         from klray.training.job import SharedImages, run_on_ray
+        from klray.training.stop import StopFile, on_sigterm
 
         connect()
         elastic = least if least < mesh_shape[0] * mesh_shape[1] else None
         images = SharedImages.of(data)
         where: dict[str, Any] = {"mesh_shape": mesh_shape, "run_dir": run_dir, "least": elastic}
-        run_on_ray(config, images, provenance=provenance, profile=args.profile, **where)
+        stop_file = StopFile(run_dir)
+        stop_file.clear()
+        with on_sigterm(stop_file.ask):
+            run_on_ray(config, images, provenance=provenance, profile=args.profile, **where)
     else:
         _in_process(config, data, mesh_shape, run_dir, provenance, args.profile)
 
@@ -241,6 +246,7 @@ def _in_process(
 
     from klray.parallel.mesh import collective_backend
     from klray.training.recorded import train_and_record
+    from klray.training.stop import Request, on_sigterm
 
     device, shared = torch.device("cpu"), False
     if torch.cuda.is_available():
@@ -250,9 +256,12 @@ def _in_process(
         shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > cards
     if mesh_shape != (1, 1):
         dist.init_process_group(collective_backend(config.mesh.backend, device, shared_gpu=shared))
+    sigterm = threading.Event()
+    where: dict[str, Any] = {"mesh_shape": mesh_shape, "device": device, "run_dir": run_dir}
+    where["asked"] = lambda: Request.STOP if sigterm.is_set() else Request.NONE
     try:
-        where: dict[str, Any] = {"mesh_shape": mesh_shape, "device": device, "run_dir": run_dir}
-        train_and_record(config, data, provenance=provenance, profile=profile, **where)
+        with on_sigterm(sigterm.set):
+            train_and_record(config, data, provenance=provenance, profile=profile, **where)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

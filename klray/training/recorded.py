@@ -15,6 +15,7 @@ import torch
 from klray.build import build_network
 from klray.config import Config
 from klray.data.sources import ImageData
+from klray.errors import StoppedError
 from klray.parallel.mesh import Mesh
 from klray.runs.progress import budget_used
 from klray.runs.records import RecordWriter
@@ -25,6 +26,7 @@ from klray.training.cost import cost_of
 from klray.training.evaluate_during import new_scores
 from klray.training.loop import train
 from klray.training.profile import StepProfiler
+from klray.training.stop import Request
 from klray.training.utilisation import gpu_busy, utilisation
 
 
@@ -38,11 +40,12 @@ def train_and_record(
     provenance: dict[str, Any],
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
     profile: range | None = None,
+    asked: Callable[[], Request] = lambda: Request.NONE,
 ) -> Progress:
     """Trains in this worker; rank 0 writes the records. The process group, if any, is initialised already.
 
     ``on_metrics`` is called on every rank with every set of metrics, the same everywhere. ``profile``: steps of
-    this process that rank 0 traces.
+    this process that rank 0 traces. ``asked``: as for ``train``.
     """
     mesh = Mesh.create(*mesh_shape, device.type)
     cost = cost_of(config, build_network(config))
@@ -92,10 +95,11 @@ def train_and_record(
                 provenance=lambda: {**provenance, "mlflow_run_id": _mlflow_run_id(run_dir)},
                 warn=writer.note if writer is not None else lambda text: None,
                 profiler=profiler,
+                asked=asked,
             )
             status = "FINISHED"
         except BaseException as error:
-            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            status = "KILLED" if isinstance(error, (KeyboardInterrupt, StoppedError)) else "FAILED"
             raise
         finally:
             if writer is not None and turn is not None and not turn.lost():

@@ -21,7 +21,8 @@ from klray.runs.state_copy import StateCopy
 from klray.runs.train_state import Progress, ema_network, new_state
 from klray.training.cost import cost_of
 from klray.training.initialise import initialise
-from klray.training.loop import NonFiniteError, train
+from klray.training.loop import train
+from klray.training.meter import NonFiniteError
 from klray.training.step import TrainStep
 from klray.training.validate import NOISE_LEVELS, validate
 
