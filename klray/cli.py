@@ -8,11 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from klray.errors import RunError, UserError
+from klray.errors import RunError, StoppedError, UserError
 
 MOST_IMAGES = 10_000_000  # of one command: their list of batches and their features are held in memory
 MOST_IN_BATCH = 65_536
 LAST_SEED = 2**63
+MOST_PROFILED = 1_000  # steps of one trace, which is held in memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,9 +25,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(name: str, command: Callable[[], int], resume: str | Callable[[], str] = "") -> int:
-    """Runs a command: the user's mistakes are one line and exit 2, a failure is one line and exit 1, Ctrl-C is 130.
+    """Runs a command: the user's mistakes are one line and exit 2, a failure is one line and exit 1, Ctrl-C is 130, a
+    granted SIGTERM 143.
 
-    ``resume``: how to go on after Ctrl-C, asked for then if it depends on what there is.
+    ``resume``: how to go on after these two, asked for then if it depends on what there is.
     """
     # Libraries below call what torch has deprecated; whoever runs a command can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
@@ -41,6 +43,9 @@ def run_command(name: str, command: Callable[[], int], resume: str | Callable[[]
     except KeyboardInterrupt:
         print(f"\n{name}: stopped. {resume if isinstance(resume, str) else resume()}", file=sys.stderr)
         return 130
+    except StoppedError as stopped:
+        print(f"{name}: {stopped}. {resume if isinstance(resume, str) else resume()}", file=sys.stderr)
+        return 143
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +160,21 @@ def workers_of(text: str) -> tuple[int, int]:
     if least > most:
         raise UserError(f"--workers LEAST-MOST must have LEAST <= MOST, got {text}")
     return least, most
+
+
+def steps_between(flag: str, text: str) -> range:
+    """``A:B``, the steps from A on and before B.
+
+    Raises:
+        UserError: naming ``flag``, for anything else, and for more steps than one trace holds.
+    """
+    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UserError(f"{flag} must be A:B with A < B, got {text!r}; for example 10:20")
+    steps = range(int(found[1]), int(found[2]))
+    if len(steps) > MOST_PROFILED:
+        raise UserError(f"{flag} must hold at most {MOST_PROFILED:,} steps, got {len(steps):,}; for example 10:20")
+    return steps
 
 
 def _ends_of(text: str) -> tuple[int, int] | None:

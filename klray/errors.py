@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that started and failed: one line that says why. Commands exit with 1."""
+
+
+class StoppedError(Exception):
+    """A request to stop was granted: a checkpoint of the last step is on the disk."""

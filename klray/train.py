@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klray.cli import Parser, run_command
+from klray.cli import Parser, run_command, steps_between
 
 if TYPE_CHECKING:
     from klray.config import Config
@@ -32,12 +33,15 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     parser.add_argument("--name", help="the run's name (default: preset + hash of the configuration)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder that holds the runs' folders")
+    parser.add_argument(
+        "--profile", metavar="A:B", help="trace steps A to B, counted from where this starts, into the run's profile/"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what it costs")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 the user's mistake, 1 a failure, 130 stopped by Ctrl-C."""
+    """Returns the exit status: 0 done, 2 the user's mistake, 1 a failure, 130 stopped by Ctrl-C, 143 by SIGTERM."""
     args = parse(argv)
     return run_command("klray.train", lambda: _train(args), lambda: _how_to_go_on(args))
 
@@ -56,6 +60,7 @@ def _train(args: Namespace) -> int:
     from klray.runs.run_dir import check_run
     from klray.training.initialise import checked_start
 
+    args.profile = args.profile and steps_between("--profile", args.profile)
     seed = [] if args.seed is None else [f"seed={args.seed}"]
     config = load_config(args.config, [*args.set, *seed])
     build_sampler(config.sampling)
@@ -80,9 +85,9 @@ def _train(args: Namespace) -> int:
     if args.runner == "torchrun" and os.environ["RANK"] != "0":
         from klray.runs.progress import finished
 
-        run_dir = (args.runs / name).resolve()
+        args.run_dir = run_dir = (args.runs / name).resolve()
         if not finished(config, run_dir, warn=lambda text: None):  # rank 0 asks the same, and says it
-            _in_process(config, data, (data_size, basis_size), run_dir, {})
+            _in_process(config, data, (data_size, basis_size), run_dir, {}, args.profile)
         return 0
     return _drive(args, config, name, (data_size, basis_size), data, least)
 
@@ -213,17 +218,27 @@ def _run(
         print("starting Ray and the workers (about half a minute)", flush=True)
         from klray.cluster.connect import connect
         from klray.training.job import SharedImages, run_on_ray
+        from klray.training.stop import StopFile, on_sigterm
 
         connect()
         elastic = least if least < mesh_shape[0] * mesh_shape[1] else None
         images = SharedImages.of(data)
-        run_on_ray(config, images, mesh_shape=mesh_shape, run_dir=run_dir, provenance=provenance, least=elastic)
+        where: dict[str, Any] = {"mesh_shape": mesh_shape, "run_dir": run_dir, "least": elastic}
+        stop_file = StopFile(run_dir)
+        stop_file.clear()
+        with on_sigterm(stop_file.ask):
+            run_on_ray(config, images, provenance=provenance, profile=args.profile, **where)
     else:
-        _in_process(config, data, mesh_shape, run_dir, provenance)
+        _in_process(config, data, mesh_shape, run_dir, provenance, args.profile)
 
 
 def _in_process(
-    config: Config, data: ImageData, mesh_shape: tuple[int, int], run_dir: Path, provenance: dict[str, Any]
+    config: Config,
+    data: ImageData,
+    mesh_shape: tuple[int, int],
+    run_dir: Path,
+    provenance: dict[str, Any],
+    profile: range | None,
 ) -> None:
     """Trains in this process: alone, or as one of torchrun's."""
     import torch
@@ -231,6 +246,7 @@ def _in_process(
 
     from klray.parallel.mesh import collective_backend
     from klray.training.recorded import train_and_record
+    from klray.training.stop import Request, on_sigterm
 
     device, shared = torch.device("cpu"), False
     if torch.cuda.is_available():
@@ -240,8 +256,12 @@ def _in_process(
         shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > cards
     if mesh_shape != (1, 1):
         dist.init_process_group(collective_backend(config.mesh.backend, device, shared_gpu=shared))
+    sigterm = threading.Event()
+    where: dict[str, Any] = {"mesh_shape": mesh_shape, "device": device, "run_dir": run_dir}
+    where["asked"] = lambda: Request.STOP if sigterm.is_set() else Request.NONE
     try:
-        train_and_record(config, data, mesh_shape=mesh_shape, device=device, run_dir=run_dir, provenance=provenance)
+        with on_sigterm(sigterm.set):
+            train_and_record(config, data, provenance=provenance, profile=profile, **where)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -15,6 +15,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often the controller looks at its workers; 2 s delays each report
     # How long places are waited for before they are counted again: a machine that died is missing by then.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a machine may be gone 30 s after its notice
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 from datetime import timedelta
+from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
+from ray.train.v2._internal.execution.context import get_train_context
 
 _TIMEOUT = timedelta(seconds=600)
 
 Address = tuple[str, int]
 
 
+_terminated = threading.Event()  # this worker's process got SIGTERM
+
+
 class _NoGroup(Backend):
     share_cuda_visible_devices = True  # NCCL's ranks on one machine must see each other's GPUs
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Here and not by the workers, as only the main thread of a process may take its signals."""
+        worker_group.execute(_take_sigterm)
+
+
+def _take_sigterm() -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: _terminated.set())
+
+
+def taken_away() -> bool:
+    """Whether this worker is about to go: it got SIGTERM, or a node of its group is being drained.
+
+    Ray's public ``ray.train.get_preemption_info`` is a barrier of all workers, too dear to be asked at every step.
+    """
+    return _terminated.is_set() or get_train_context().preemption_context.preemption_info is not None
 
 
 class JoinedByWorkers(TorchConfig):

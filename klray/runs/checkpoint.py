@@ -21,6 +21,7 @@ from klray.build import build_network
 from klray.config import Config, saved_config
 from klray.errors import RunError, UserError
 from klray.networks.terms import TermNetwork
+from klray.runs.state_copy import StateCopy
 from klray.runs.train_state import Progress, TrainState, ema_network
 
 FORMAT = 1
@@ -36,7 +37,7 @@ class DiskFullError(RunError):
     """No room for a checkpoint. Those from before are whole."""
 
 
-def save_checkpoint(run_dir: Path, state: TrainState, config: Config, provenance: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(run_dir: Path, state: StateCopy, config: Config, provenance: dict[str, Any], keep: int) -> Path:
     """Writes RUN_DIR/checkpoints/checkpoint_<images>; the newest ``keep`` stay. Only rank 0 calls it.
 
     The averaged weights lie in ``network/`` in diffusers' format, everything else in ``training.safetensors``.
@@ -44,9 +45,14 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: Config, provenance
     Raises:
         DiskFullError: where it does not fit; nothing of it stays.
     """
-    target = run_dir / "checkpoints" / f"{_PREFIX}{state.progress.images_seen:012d}"
+    target = run_dir / "checkpoints" / f"{_PREFIX}{state.counters['progress']['images_seen']:012d}"
     try:
-        _write(target, state, config, provenance, resumable=True)
+        _write(
+            target,
+            state.network,
+            {"config": config.model_dump(mode="json"), **state.counters, **provenance},
+            state.tensors,
+        )
     except (OSError, SafetensorError) as error:
         if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise
@@ -62,28 +68,22 @@ def save_checkpoint(run_dir: Path, state: TrainState, config: Config, provenance
 def save_snapshot(run_dir: Path, state: TrainState, config: Config) -> Path:
     """Writes RUN_DIR/snapshots/snapshot_<images>, the averaged network alone, to be evaluated. Only rank 0 calls it."""
     target = run_dir / "snapshots" / f"snapshot_{state.progress.images_seen:012d}"
-    _write(target, state, config, {}, resumable=False)
+    described = {"config": config.model_dump(mode="json"), "progress": asdict(state.progress)}
+    _write(target, ema_network(state).backbone, described)
     return target
 
 
-def _write(target: Path, state: TrainState, config: Config, provenance: dict[str, Any], *, resumable: bool) -> None:
+def _write(target: Path, network: Any, described: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+    """The network in diffusers' format; ``tensors`` where training is to go on from it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(target)
     for old in target.parent.glob(".writing_*"):
         shutil.rmtree(old)
     aside.mkdir()
-    _save_backbone(ema_network(state).backbone, aside / "network")
-    if resumable:
-        save_file(_tensors(state), aside / "training.safetensors")
-    described = {
-        "format": FORMAT,
-        "config": config.model_dump(mode="json"),
-        "progress": asdict(state.progress),
-        "scaler": state.scaler.state_dict(),
-        "optimizer": _counts(state.optimizer),
-        **provenance,
-    }
-    (aside / "state.json").write_text(json.dumps(described, indent=1))
+    _save_backbone(network, aside / "network")
+    if tensors is not None:
+        save_file(tensors, aside / "training.safetensors")
+    (aside / "state.json").write_text(json.dumps({"format": FORMAT, **described}, indent=1))
     files = sorted(p for p in aside.rglob("*") if p.is_file())
     manifest = {str(p.relative_to(aside)): file_digest(p) for p in files}
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -216,25 +216,6 @@ def _match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 def _checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob(f"{_PREFIX}*"), reverse=True)
-
-
-def _tensors(state: TrainState) -> dict[str, Tensor]:
-    tensors = {f"network.{name}": tensor for name, tensor in state.network.state_dict().items()}
-    for index, moments in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": each for key, each in moments.items() if isinstance(each, Tensor)}
-    tensors |= {"n_averaged": torch.tensor(state.ema.updates), "nonfinite": state.nonfinite}
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _counts(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimiser keeps in plain numbers: of each parameter, and the steps that its groups count."""
-    kept = optimizer.state_dict()
-    plain = {
-        index: {key: value for key, value in moments.items() if isinstance(value, int | float)}
-        for index, moments in kept["state"].items()
-    }
-    groups = [{"step": group["step"]} if "step" in group else {} for group in kept["param_groups"]]
-    return {"state": {index: values for index, values in plain.items() if values}, "groups": groups}
 
 
 def _save_backbone(backbone: Any, folder: Path) -> None:

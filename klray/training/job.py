@@ -19,14 +19,15 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
 
 from klray.cluster.connect import cluster_size, cpu_share
-from klray.cluster.group import JoinedByWorkers, join_group, open_store
+from klray.cluster.group import JoinedByWorkers, join_group, open_store, taken_away
 from klray.config import Config
 from klray.data.sources import ImageData
-from klray.errors import RunError, UserError
+from klray.errors import RunError, StoppedError, UserError
 from klray.parallel.mesh import collective_backend
 from klray.runs.records import RecordWriter
-from klray.training.loop import NonFiniteError
+from klray.training.meter import NonFiniteError
 from klray.training.recorded import train_and_record
+from klray.training.stop import MovedError, Request, StopFile
 
 _LOOK_FOR_WORKERS_S = 10.0  # how often a run that lost workers looks for places; taking them in repeats unsaved steps
 
@@ -77,8 +78,10 @@ def run_on_ray(
     cpus_per_worker: float | None = None,
     gpus_per_worker: float = 1,
     callbacks: list[Any] | None = None,
+    profile: range | None = None,
 ) -> None:
-    """Trains on a worker group; a lost worker restarts the group from the last whole checkpoint.
+    """Trains on a worker group; a lost worker restarts the group from the last whole checkpoint. A group of which a
+    worker got SIGTERM, or is on a node that Ray drains, writes a checkpoint first, and another group goes on.
 
     klray's own checkpoints in RUN_DIR are the ones resumed from, so that every runner continues every other's run;
     Ray gets metrics after each validation.
@@ -89,9 +92,11 @@ def run_on_ray(
         cpus_per_worker: where other runs share the cluster; None: an equal share of all.
         gpus_per_worker: where there are any; below 1 several workers are on one GPU.
         callbacks: of Ray Train.
+        profile: steps of a worker group that rank 0 traces.
 
     Raises:
         WorkersError: where the cluster has too few GPUs.
+        StoppedError: where RUN_DIR/stop asked for it.
         DivergedError, TrainingError: where training failed for good.
     """
     workers = mesh_shape[0] * mesh_shape[1]
@@ -100,41 +105,50 @@ def run_on_ray(
     if use_gpu and workers > _gpu_places(gpus, gpus_per_worker):
         raise WorkersError(f"--workers must be at most {_gpus_in_words(gpus, gpus_per_worker)}, got {workers}")
     share = cpu_share(workers) if cpus_per_worker is None else cpus_per_worker
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "config": config,
-            "images": images,
-            "basis_size": mesh_shape[1],
-            "threads": max(1, int(share)),
-            "shared_gpu": gpus_per_worker < 1,
-            "run_dir": run_dir,
-            "provenance": provenance,
-        },
-        torch_config=JoinedByWorkers(),
-        scaling_config=ScalingConfig(
-            num_workers=workers if least is None else (least, workers),
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": share, **({"GPU": gpus_per_worker} if use_gpu else {})},
-            elastic_resize_monitor_interval_s=_LOOK_FOR_WORKERS_S,
-        ),
-        # A name of its own for each attempt: Ray would otherwise resume from its own snapshot of the one before.
-        run_config=RunConfig(
-            name=f"attempt_{time.time_ns()}",
-            storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=_WAITS),
-            callbacks=[_Patience(), *(callbacks or [])],
-        ),
-    )
-    try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        _record(run_dir, "FAILED")
-        raise TrainingError(f"the workers failed more than {max_failures} times: {_last_line(error)}") from error
-    except (KeyboardInterrupt, SystemExit) as stop:  # Ray answers Ctrl-C with sys.exit
-        _record(run_dir, "KILLED")
-        raise KeyboardInterrupt from stop
-    outcome = result.return_value or {}
+
+    def fit() -> dict[str, Any]:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "config": config,
+                "images": images,
+                "basis_size": mesh_shape[1],
+                "threads": max(1, int(share)),
+                "shared_gpu": gpus_per_worker < 1,
+                "run_dir": run_dir,
+                "provenance": provenance,
+                "profile": profile,
+            },
+            torch_config=JoinedByWorkers(),
+            scaling_config=ScalingConfig(
+                num_workers=workers if least is None else (least, workers),
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": share, **({"GPU": gpus_per_worker} if use_gpu else {})},
+                elastic_resize_monitor_interval_s=_LOOK_FOR_WORKERS_S,
+            ),
+            # A name of its own for each attempt: Ray would otherwise resume from its own snapshot of the one before.
+            run_config=RunConfig(
+                name=f"attempt_{time.time_ns()}",
+                storage_path=str(run_dir / "ray"),
+                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=_WAITS),
+                callbacks=[_Patience(), *(callbacks or [])],
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            _record(run_dir, "FAILED")
+            raise TrainingError(f"the workers failed more than {max_failures} times: {_last_line(error)}") from error
+        except (KeyboardInterrupt, SystemExit) as stop:  # Ray answers Ctrl-C with sys.exit
+            _record(run_dir, "KILLED")
+            raise KeyboardInterrupt from stop
+        return result.return_value or {}
+
+    outcome = fit()
+    while "moved" in outcome:
+        outcome = fit()
+    if "stopped" in outcome:
+        raise StoppedError(outcome["stopped"])
     if "error" in outcome:
         raise (DivergedError if outcome["diverged"] else TrainingError)(outcome["error"])
 
@@ -181,8 +195,15 @@ def train_in_worker(
     run_dir: Path,
     provenance: dict[str, Any],
     on_validation: Callable[[dict[str, float]], None],
+    profile: range | None = None,
+    asked: Callable[[], Request] = lambda: Request.NONE,
 ) -> dict[str, Any]:
-    """Trains in this process. Returns {}, or {"error", "diverged"} for what every rank and every restart would meet."""
+    """Trains in this process.
+
+    Returns:
+        {}; {"moved"} or {"stopped": why} where a request that ``asked`` told of was granted; {"error", "diverged"} for
+        what every rank and every restart would meet.
+    """
     torch.set_num_threads(threads)
     arrays = ray.get(images.arrays)
 
@@ -200,7 +221,13 @@ def train_in_worker(
             run_dir=run_dir,
             provenance=provenance,
             on_metrics=report,
+            profile=profile,
+            asked=asked,
         )
+    except MovedError:
+        return {"moved": True}
+    except StoppedError as stopped:
+        return {"stopped": str(stopped)}
     except (UserError, RunError) as error:
         return {"error": str(error), "diverged": isinstance(error, NonFiniteError)}
     return {}
@@ -227,6 +254,13 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         address = broadcast_from_rank_zero(address)
         backend = collective_backend(settings["config"].mesh.backend, device, shared_gpu=shared_gpu)
         join_group(rank, size, device, address if store is None else store, backend)
+    stop_file = StopFile(settings["run_dir"])
+
+    def asked() -> Request:
+        if rank == 0 and stop_file.asked():
+            return Request.STOP
+        return Request.MOVE if taken_away() else Request.NONE
+
     try:
         blind = _blind_machines(settings["run_dir"], size)
         if blind:
@@ -236,7 +270,9 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
                 "diverged": False,
             }
         mesh_shape = (size // basis_size, basis_size)
-        return train_in_worker(mesh_shape=mesh_shape, device=device, on_validation=ray.train.report, **settings)
+        return train_in_worker(
+            mesh_shape=mesh_shape, device=device, on_validation=ray.train.report, asked=asked, **settings
+        )
     finally:
         if size > 1:
             dist.destroy_process_group()

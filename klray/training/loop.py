@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,24 @@ from klray.build import build_denoiser, build_encoder, build_network, build_proc
 from klray.config import Config
 from klray.data.sources import ImageData
 from klray.data.stream import ImageStream
-from klray.errors import RunError
+from klray.errors import StoppedError
 from klray.networks.half import amp_dtype, in_precision
 from klray.parallel.mesh import Mesh
-from klray.runs.checkpoint import DiskFullError, load_latest, restore, save_checkpoint, save_snapshot
+from klray.runs.checkpoint import DiskFullError, load_latest, restore, save_snapshot
+from klray.runs.checkpoint_writer import CheckpointWriter
 from klray.runs.progress import fits
 from klray.runs.train_state import Progress, TrainState, ema_network, new_state
 from klray.sampling.draw import image_grid, sample_images
 from klray.training.initialise import initialise
+from klray.training.meter import Meter
+from klray.training.peak_memory import take_peak
+from klray.training.profile import StepProfiler
 from klray.training.step import TrainStep, call_size
+from klray.training.stop import MovedError, Request, agreed
 from klray.training.validate import validate
 
 # (progress, metrics, images): called on every rank with the same metrics; images [h, w, 3] uint8 on rank 0 alone.
 Report = Callable[[Progress, dict[str, float], dict[str, np.ndarray]], None]
-
-
-class NonFiniteError(RunError):
-    """Too many steps in a row had a non-finite gradient."""
 
 
 def train(
@@ -44,13 +44,19 @@ def train(
     report: Report,
     provenance: Callable[[], dict[str, Any]] = dict,
     warn: Callable[[str], None] = lambda message: None,
+    profiler: StepProfiler | None = None,
+    asked: Callable[[], Request] = lambda: Request.NONE,
 ) -> Progress:
     """Trains until the budget is used, from the newest whole checkpoint of ``run_dir`` on.
 
+    ``asked``: what this rank is asked for, looked up after each step. One rank's request stops all of them: alone after
+    this step, several at the next report.
+
     Raises:
+        StoppedError: where that was granted.
         NonFiniteError: after ``optimizer.max_nonfinite`` steps in a row without a finite gradient.
         CheckpointError: where the run has checkpoints and none is whole.
-        DiskFullError: where a checkpoint does not fit on the disk.
+        DiskFullError: where a checkpoint does not fit on the disk; told at the next one, or at the end.
     """
     process = build_process(config)
     network = build_network(config)
@@ -58,51 +64,61 @@ def train(
     if latest is None:
         initialise(config, network, warn)
     state = new_state(config, network, device)
-    if latest is not None:
-        restore(latest, state)
+    kept = restore(latest, state) if latest is not None else {}
     images = ImageStream(data.train, config.seed, config.data.flip, device, build_encoder(config))
     held_out = torch.from_numpy(np.ascontiguousarray(data.held_out))
     network.train()
     step = TrainStep(config, process, state, images, mesh, device, warn)
-    meter = _Meter(config, state, mesh, device)
+    meter = Meter(config, state, mesh, device, kept.get("unreported_losses", ()) if mesh.size == 1 else ())
     progress = state.progress
     done = not fits(config, progress)
-    while not done:
-        meter.start()
-        meter.losses.append(step())
-        # A first step holds the compilation, which is not training time.
-        meter.stop(counts=not (meter.first and (config.precision.compile or device.type == "cuda")))
-        done = not fits(config, progress)
-        due = {
-            section: getattr(config, section).every_images > 0
-            and (done or _due(getattr(config, section).every_images, config, progress))
-            for section in ("validation", "sampling", "checkpoint", "evaluation")
-        }
-        # Before anything else takes the device's time, what training took is settled.
-        if any(due.values()) or progress.step % config.tracking.every_steps == 0:
-            report(progress, meter.metrics(step), {})
-        if due["validation"]:
-            report(progress, validate(config, process, ema_network(state), held_out, mesh, device), {})
-        if due["sampling"]:
-            report(progress, {}, _sample_grid(config, state, data, mesh, device))
-        if due["evaluation"] and mesh.rank == 0:
-            save_snapshot(run_dir, state, config)  # another process evaluates it; nobody waits
-        if due["checkpoint"]:
-            described = {"data_fingerprint": data.fingerprint, **provenance()}
-            _save_checkpoint(config, state, described, mesh, device, run_dir)
+    with CheckpointWriter(run_dir, config) as writer:
+        while not done:
+            with profiler.step() if profiler else nullcontext():
+                meter.start()
+                meter.losses.append(step())
+                # A first step holds the compilation, which is not training time.
+                counts = not (meter.first and (config.precision.compile or device.type == "cuda"))
+                meter.stop(counts, settle=profiler is not None and profiler.settles)
+            done = not fits(config, progress)
+            due = {
+                section: getattr(config, section).every_images > 0
+                and (done or _due(getattr(config, section).every_images, config, progress))
+                for section in ("validation", "sampling", "checkpoint", "evaluation")
+            }
+            # Before anything else takes the device's time, what training took is settled.
+            reporting = any(due.values()) or progress.step % config.tracking.every_steps == 0
+            if reporting:
+                report(progress, meter.metrics(step), {})
+            request = Request.NONE if done else agreed(asked(), mesh, device, reporting=reporting)
+            if due["validation"]:
+                errors = validate(config, process, ema_network(state), held_out, mesh, device)
+                report(progress, {**errors, **take_peak(device, "validation")}, {})
+            if due["sampling"]:
+                grid = _sample_grid(config, state, data, mesh, device)
+                report(progress, take_peak(device, "sampling"), grid)
+            if due["evaluation"] and mesh.rank == 0:
+                save_snapshot(run_dir, state, config)  # another process evaluates it; nobody waits
+            if due["checkpoint"] or request:
+                report(progress, {}, {})  # whoever lost the run to others learns it before writing
+                _settle(writer, mesh, device)
+                unreported = {"unreported_losses": meter.unreported()} if request else {}
+                if mesh.rank == 0:
+                    writer.save(state, {"data_fingerprint": data.fingerprint, **unreported, **provenance()})
+            if request:
+                _settle(writer, mesh, device)
+                raise MovedError() if request is Request.MOVE else StoppedError("stopped by SIGTERM")
+        _settle(writer, mesh, device)
     return progress
 
 
-def _save_checkpoint(
-    config: Config, state: TrainState, described: dict[str, Any], mesh: Mesh, device: torch.device, run_dir: Path
-) -> None:
-    """Nobody goes on before the checkpoint is whole; where it does not fit on the disk, nobody goes on at all."""
+def _settle(writer: CheckpointWriter, mesh: Mesh, device: torch.device) -> None:
+    """Waits for the checkpoint that is being written; where it does not fit on the disk, nobody goes on."""
     full = None
-    if mesh.rank == 0:
-        try:
-            save_checkpoint(run_dir, state, config, described, config.checkpoint.keep)
-        except DiskFullError as error:
-            full = error
+    try:
+        writer.wait()
+    except DiskFullError as error:
+        full = error
     failed = mesh.sum_over_all(torch.tensor(float(full is not None), device=device))
     if failed:
         raise full or DiskFullError("rank 0 found no room for a checkpoint")
@@ -132,77 +148,3 @@ def _sample_grid(
         drawn[seeds.start : seeds.stop] = mine.to(drawn)
     total = mesh.sum_over_all(drawn).to(torch.uint8).cpu()
     return {"samples": image_grid(total)} if mesh.rank == 0 else {}
-
-
-class _Meter:
-    """Training seconds and rates since the last report."""
-
-    def __init__(self, config: Config, state: TrainState, mesh: Mesh, device: torch.device) -> None:
-        self.config, self.state, self.mesh, self.device = config, state, mesh, device
-        self.first = True
-        self.losses: list[torch.Tensor] = []
-        self.mark = (state.progress.images_seen, state.progress.network_evals, state.progress.seconds)
-        self.began = 0.0
-        self.uncounted = (0, 0, 0.0)  # images, evaluations and seconds of a step that is no training time
-
-    def start(self) -> None:
-        self.began = time.perf_counter()
-
-    def stop(self, counts: bool) -> None:
-        in_seconds = self.config.budget.unit == "seconds"
-        if self.device.type == "cuda" and (self.first or in_seconds or len(self.losses) == 1):
-            torch.cuda.synchronize(self.device)
-        progress = self.state.progress
-        took = time.perf_counter() - self.began
-        if counts:
-            progress.seconds += took
-        else:
-            now = (progress.images_seen, progress.network_evals, progress.seconds)
-            self.uncounted = (now[0] - self.mark[0], now[1] - self.mark[1], took)
-            self.mark = now
-        self.first = False
-        if in_seconds:
-            seconds = torch.tensor(progress.seconds, dtype=torch.float64, device=self.device)
-            progress.seconds = float(self.mesh.from_first(seconds))
-
-    def metrics(self, step: TrainStep) -> dict[str, float]:
-        """Means over the steps since the last call; equal on every rank.
-
-        Raises:
-            NonFiniteError: where the last steps had no finite gradient.
-        """
-        progress, waited = self.state.progress, time.perf_counter()
-        loss = self.mesh.sum_over_all(torch.stack(self.losses).double().mean()) / self.mesh.data_size
-        value, skipped, in_a_row = torch.cat([loss[None], self.state.nonfinite.double()]).tolist()  # the only wait
-        progress.seconds += time.perf_counter() - waited
-        if in_a_row >= self.config.optimizer.max_nonfinite:
-            raise NonFiniteError(
-                f"{in_a_row:.0f} steps in a row had a non-finite gradient, up to step {progress.step}; "
-                "lower optimizer.lr or set precision.amp=off. The last checkpoint is from before."
-            )
-        now = (progress.images_seen, progress.network_evals, progress.seconds)
-        images, evals, elapsed = (b - a for a, b in zip(self.mark, now, strict=True))
-        if not images:
-            images, evals, elapsed = self.uncounted
-        elapsed = max(elapsed, 1e-9)
-        self.mark = now
-        self.losses.clear()
-        metrics = {
-            "train/loss": value,
-            "train/skipped_steps": skipped,
-            "train/lr": step.rate(progress.images_seen - self.config.optimizer.batch_size),
-            "perf/images_per_s": images / elapsed,
-            "perf/network_evals_per_s": evals / elapsed,
-            "perf/data_wait": step.data_seconds / elapsed,
-            "perf/workers": float(self.mesh.size),
-            "perf/memory_gib": _memory(self.device) / 2**30,
-        }
-        step.data_seconds = 0.0
-        return metrics
-
-
-def _memory(device: torch.device) -> int:
-    """Peak bytes: allocated on the GPU, or resident of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import torch
 from klray.build import build_network
 from klray.config import Config
 from klray.data.sources import ImageData
+from klray.errors import StoppedError
 from klray.parallel.mesh import Mesh
 from klray.runs.progress import budget_used
 from klray.runs.records import RecordWriter
@@ -23,7 +25,9 @@ from klray.tracking.state import load_state
 from klray.training.cost import cost_of
 from klray.training.evaluate_during import new_scores
 from klray.training.loop import train
-from klray.training.utilisation import utilisation
+from klray.training.profile import StepProfiler
+from klray.training.stop import Request
+from klray.training.utilisation import gpu_busy, utilisation
 
 
 def train_and_record(
@@ -35,10 +39,13 @@ def train_and_record(
     run_dir: Path,
     provenance: dict[str, Any],
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+    profile: range | None = None,
+    asked: Callable[[], Request] = lambda: Request.NONE,
 ) -> Progress:
     """Trains in this worker; rank 0 writes the records. The process group, if any, is initialised already.
 
-    ``on_metrics`` is called on every rank with every set of metrics, the same everywhere.
+    ``on_metrics`` is called on every rank with every set of metrics, the same everywhere. ``profile``: steps of
+    this process that rank 0 traces. ``asked``: as for ``train``.
     """
     mesh = Mesh.create(*mesh_shape, device.type)
     cost = cost_of(config, build_network(config))
@@ -60,7 +67,7 @@ def train_and_record(
                 metrics = {**metrics, "budget_used": budget_used(config, progress)}
             if "perf/network_evals_per_s" in metrics:
                 rate = metrics["perf/network_evals_per_s"]
-                metrics |= utilisation(rate, cost["cost.flops_per_eval"], mesh.size, device)
+                metrics |= utilisation(rate, cost["cost.flops_per_eval"], mesh.size, device) | gpu_busy(device)
             if turn is not None:
                 turn.check()  # also before each checkpoint: a report goes before it
             if writer is not None:
@@ -73,6 +80,10 @@ def train_and_record(
             if metrics:
                 on_metrics(metrics)
 
+        profiler = None
+        if profile is not None and writer is not None:
+            artifact = functools.partial(writer.artifact, folder="profile")
+            profiler = stack.enter_context(StepProfiler(profile, device, run_dir / "profile", writer.note, artifact))
         try:
             progress = train(
                 config,
@@ -83,10 +94,12 @@ def train_and_record(
                 report=report,
                 provenance=lambda: {**provenance, "mlflow_run_id": _mlflow_run_id(run_dir)},
                 warn=writer.note if writer is not None else lambda text: None,
+                profiler=profiler,
+                asked=asked,
             )
             status = "FINISHED"
         except BaseException as error:
-            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            status = "KILLED" if isinstance(error, (KeyboardInterrupt, StoppedError)) else "FAILED"
             raise
         finally:
             if writer is not None and turn is not None and not turn.lost():

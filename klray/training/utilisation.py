@@ -1,4 +1,4 @@
-"""How much of a GPU's arithmetic training uses."""
+"""How much of a GPU's arithmetic and time training uses."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ def utilisation(evals_per_s: float, flops_per_eval: float, ranks: int, device: t
     tflops = 3 * flops_per_eval * evals_per_s / 1e12
     peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return {"perf/tflops": tflops} | ({} if peak is None else {"perf/mfu": tflops / (ranks * peak)})
+
+
+def gpu_busy(device: torch.device) -> dict[str, float]:
+    """``perf/gpu_busy``, the share of the last moments (NVML's sample, a sixth of a second to a second) in which this
+    rank's card ran any kernel, whoever's; nothing on the CPU, and where NVML does not tell."""
+    if device.type != "cuda":
+        return {}
+    try:
+        return {"perf/gpu_busy": torch.cuda.utilization(device) / 100}
+    except Exception:  # its errors have no base that could be named without the package, and none may end training
+        return {}

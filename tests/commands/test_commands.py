@@ -149,6 +149,32 @@ def test_a_malformed_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("20:10", "--profile must be A:B with A < B, got '20:10'; for example 10:20"),
+        ("5:5", "--profile must be A:B with A < B, got '5:5'"),
+        ("a:b", "--profile must be A:B with A < B, got 'a:b'"),
+        ("10", "--profile must be A:B with A < B, got '10'"),
+        ("0:1001", "--profile must hold at most 1,000 steps, got 1,001; for example 10:20"),
+    ],
+)
+def test_bad_ranges_to_profile(text: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny(more=["--profile", text]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_profile_is_no_part_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny() == 0
+    assert tiny("budget.amount=8", more=["--profile", "1:3"]) == 0
+    where = Path("runs/run/profile").resolve()
+    assert (
+        f"the profile of steps 1 to 3 on the CPU is in {where}: kernels.txt, trace.json.gz" in capsys.readouterr().out
+    )
+    assert {file.name for file in where.iterdir()} == {"kernels.txt", "trace.json.gz"}
+
+
 def test_every_preset_is_valid_and_dry_runs_describe_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"digits", "mnist", "mnist_small", "cifar10", "cifar10_small", "celebahq64", "celebahq128"} <= set(
         preset_names()

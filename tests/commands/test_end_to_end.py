@@ -11,13 +11,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from klray.runs.checkpoint import load_latest
+from klray.runs.progress import kept
 from klray.runs.records import history, read_records
 from klray.tracking.state import load_state
+from tests.runs.run_folders import tensors
 from tests.tracking.mlflow_server import Server
 
 pytestmark = pytest.mark.slow
@@ -178,6 +181,58 @@ def test_ctrl_c_stops_cleanly_and_the_command_resumes(runner: str, tmp_path: Pat
     assert "6,400 images" in again.stdout
     steps = [step for step, _ in history(run_dir)["train/loss"]]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_sigterm_stops_after_a_checkpoint_and_no_step_is_lost(runner: str, tmp_path: Path) -> None:
+    changes = ["budget.amount=6400", "checkpoint.every_images=3200", "tracking.uri=off"]
+    argv = command("train", "--config", "digits", "--runner", runner, "--name", "stopped", *settings(*changes))
+    process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run_dir = tmp_path / "runs" / "stopped"
+    while len(history(run_dir).get("step", [])) < 20:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "klray.train: stopped by SIGTERM. The same command again goes on from the last checkpoint." in errors
+    assert "Traceback" not in errors
+    assert [r["status"] for r, _ in read_records(run_dir) if r["kind"] == "status"] == ["RUNNING", "KILLED"]
+    there, seen = kept(run_dir, pytest.fail), history(run_dir)["images_seen"][-1][1]
+    assert there is not None and seen <= there.images_seen < 6400
+    again = run(argv, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"goes on from {there.images_seen:,} images" in again.stdout
+    assert "6,400 images" in again.stdout
+
+
+def test_sigterm_to_one_of_torchruns_processes_stops_all(tmp_path: Path) -> None:
+    """They agree on the step: what goes on from there ends with the bits of a run that was never stopped."""
+    more = settings("network.kind=mlp", "tracking.uri=off", "budget.amount=6400", "checkpoint.every_images=3200")
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29534"]
+    argv += ["-m", "klray.train", "--config", "digits", "--runner", "torchrun", "--set", "mesh.basis=2", *more]
+    process = subprocess.Popen([*argv, "--name", "stopped"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    run_dir = tmp_path / "runs" / "stopped"
+    while len(history(run_dir).get("step", [])) < 20:
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "klray.train" in child.cmdline()
+    ]
+    other = next(child for child in ranks if child.environ().get("RANK") == "1")
+    other.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert (
+        errors.count("klray.train: stopped by SIGTERM. The same command again goes on from the last checkpoint.") == 2
+    )
+    assert [r["status"] for r, _ in read_records(run_dir) if r["kind"] == "status"] == ["RUNNING", "KILLED"]
+    there = kept(run_dir, pytest.fail)
+    assert there is not None and 0 < there.images_seen < 6400
+    for name in ("stopped", "whole"):
+        assert run([*argv, "--name", name], tmp_path).returncode == 0
+    found, wanted = tensors(run_dir), tensors(tmp_path / "runs" / "whole")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert history(run_dir)["train/loss"] == history(tmp_path / "runs" / "whole")["train/loss"]
 
 
 def test_torchrun_continues_what_a_plain_process_began(tmp_path: Path) -> None:

@@ -74,8 +74,11 @@ class Reported:
         Memory.take_peak()
 
     def __call__(self, progress: Progress, metrics: dict[str, float], images: dict[str, np.ndarray]) -> None:
-        part = "training" if "train/loss" in metrics else "validation" if metrics else "preview"
-        self.peaks[part] = max(self.peaks.get(part, 0), Memory.take_peak())
+        for key, value in metrics.items():
+            name, _, part = key.partition(".")
+            if name == "perf/memory_gib":
+                part = part or "training"
+                self.peaks[part] = max(self.peaks.get(part, 0), round(value * 2**30))
         self.metrics |= metrics
         self.previews += len(images)
 

@@ -108,6 +108,8 @@ def _torch_module() -> types.ModuleType:
     module.current_device = lambda: 0
     module.set_device = lambda device: None
     module.synchronize = lambda device=None: None
+    module.max_memory_allocated = lambda device=None: library().seconddev_bytes_peak()
+    module.reset_peak_memory_stats = lambda device=None: library().seconddev_forget_peak()
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None
     module.get_rng_state = lambda device=None: torch.get_rng_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Callable
@@ -78,7 +79,21 @@ def test_a_preset_resumes_with_the_same_bits(run: Run, tmp_path: Path, device: t
 def test_nothing_takes_more_memory_than_a_training_step(run: Run) -> None:
     peaks = run.reported.peaks
     assert peaks["validation"] <= peaks["training"], peaks
-    assert peaks["preview"] <= peaks["training"], peaks
+    assert peaks["sampling"] <= peaks["training"], peaks
+
+
+def test_each_part_reports_its_own_peak(tmp_path: Path, device: torch.device) -> None:
+    """A preview of many more images than a batch takes more than training, whose own peak it leaves as it was."""
+    peaks = {}
+    for images in (1, 4096):
+        gc.collect()  # the run before
+        batch = shrunk("digits").optimizer.batch_size
+        often = {"sampling__every_images": 2 * batch, "sampling__images": images, "validation__every_images": 10**9}
+        peaks[images] = trained(shrunk("digits", budget__amount=4, **often), tmp_path / str(images), device).peaks
+    assert peaks[4096]["sampling"] > peaks[4096]["training"] > 0
+    assert peaks[4096]["training"] == peaks[1]["training"]
+    assert peaks[1]["sampling"] < peaks[1]["training"]
+    assert 0 < peaks[1]["validation"] < peaks[1]["training"]
 
 
 def test_the_network_in_few_kernels_learns_as_it_does_plain(tmp_path: Path, device: torch.device) -> None:

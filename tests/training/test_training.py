@@ -17,10 +17,12 @@ from klray.data.stream import ImageStream
 from klray.parallel.mesh import Mesh
 from klray.runs.checkpoint import CheckpointError, load_latest, load_network, restore, save_checkpoint
 from klray.runs.progress import finished
+from klray.runs.state_copy import StateCopy
 from klray.runs.train_state import Progress, ema_network, new_state
 from klray.training.cost import cost_of
 from klray.training.initialise import initialise
-from klray.training.loop import NonFiniteError, train
+from klray.training.loop import train
+from klray.training.meter import NonFiniteError
 from klray.training.step import TrainStep
 from klray.training.validate import NOISE_LEVELS, validate
 
@@ -270,7 +272,9 @@ def test_a_checkpoint_holds_what_it_says(tmp_path: Path) -> None:
     config = config_of()
     state = new_state(config, build_network(config), CPU)
     state.progress.images_seen = 48
-    path = save_checkpoint(tmp_path, state, config, {"klray.git": "abc"}, keep=1)
+    copied = StateCopy()
+    copied.take(state)
+    path = save_checkpoint(tmp_path, copied, config, {"klray.git": "abc"}, keep=1)
     assert path.name == "checkpoint_000000000048"
     assert not list(tmp_path.rglob("*.pt"))
     assert not list(tmp_path.rglob("*.pkl"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from klray.training.utilisation import peak_tflops, utilisation
+from klray.training.utilisation import gpu_busy, peak_tflops, utilisation
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,19 @@ def test_three_forward_passes_count_for_a_step() -> None:
     """7,255 evaluations of 12.44 GFLOP a second, as measured on an H200."""
     found = utilisation(7255.0, 12.44e9, 1, torch.device("cpu"))
     assert found == {"perf/tflops": pytest.approx(270.8, rel=1e-3)}
+
+
+def test_a_card_tells_how_busy_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "utilization", {card: 97}.__getitem__)
+    assert gpu_busy(card) == {"perf/gpu_busy": 0.97}
+    assert gpu_busy(torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("nvidia-ml-py"), RuntimeError("no driver")])
+def test_nothing_is_said_where_a_card_does_not_tell(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> int:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "utilization", refuse)
+    assert gpu_busy(torch.device("cuda")) == {}
