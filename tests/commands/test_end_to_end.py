@@ -54,7 +54,8 @@ def trained(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """A run on Ray with two workers along the basis axis, in a server's MLflow: its folder and its MLflow run id."""
     folder = tmp_path_factory.mktemp("trained")
     changes = ["budget.amount=1600", "mesh.basis=auto", f"tracking.uri={server.uri}", "sampling.every_images=800"]
-    result = run(command("train", "--config", "digits", "--workers", "2", *settings(*changes)), folder)
+    profile = ["--profile", "2:4"]
+    result = run(command("train", "--config", "digits", "--workers", "2", *profile, *settings(*changes)), folder)
     assert result.returncode == 0, result.stderr
     assert "validation  eps_mse" in result.stdout
     assert "1,600 images · 6,400 network evals" in result.stdout
@@ -62,6 +63,13 @@ def trained(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     state = load_state(run_dir)
     assert state is not None
     return run_dir, str(state.run_id)
+
+
+def test_mlflow_holds_the_profile(trained: tuple[Path, str], server: Server) -> None:
+    from mlflow import MlflowClient
+
+    found = MlflowClient(server.uri).list_artifacts(trained[1], "profile")
+    assert {artifact.path for artifact in found} == {"profile/kernels.txt", "profile/trace.json.gz"}
 
 
 @pytest.mark.essential
@@ -228,8 +236,9 @@ def test_sigterm_to_one_of_torchruns_processes_stops_all(tmp_path: Path) -> None
     assert [r["status"] for r, _ in read_records(run_dir) if r["kind"] == "status"] == ["RUNNING", "KILLED"]
     there = kept(run_dir, pytest.fail)
     assert there is not None and 0 < there.images_seen < 6400
-    for name in ("stopped", "whole"):
-        assert run([*argv, "--name", name], tmp_path).returncode == 0
+    for name, also in (("stopped", []), ("whole", ["--profile", "3:5"])):
+        assert run([*argv, "--name", name, *also], tmp_path).returncode == 0
+    assert (tmp_path / "runs" / "whole" / "profile" / "kernels.txt").read_text().startswith("steps 3 to 5 on the CPU")
     found, wanted = tensors(run_dir), tensors(tmp_path / "runs" / "whole")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert history(run_dir)["train/loss"] == history(tmp_path / "runs" / "whole")["train/loss"]

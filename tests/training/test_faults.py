@@ -21,8 +21,8 @@ import yaml
 from klray.config import Config, override
 from klray.data.sources import load_images
 from klray.runs.checkpoint import load_latest
-from klray.runs.progress import finished
-from klray.runs.records import history
+from klray.runs.progress import finished, kept
+from klray.runs.records import history, read_records
 from klray.training.job import SharedImages, TrainingError, run_on_ray
 from tests.runs.run_folders import starts, steps_done, tensors
 
@@ -47,11 +47,11 @@ def config_of() -> Config:
     return override(SETTINGS, ())
 
 
-def train(run_dir: Path, workers: int) -> None:
+def train(run_dir: Path, workers: int, **settings: Any) -> None:
     config = config_of()
     run_dir.mkdir(parents=True, exist_ok=True)
     data = load_images("digits", image_size=8)
-    run_on_ray(config, SharedImages.of(data), mesh_shape=MESHES[workers], run_dir=run_dir, provenance={})
+    run_on_ray(config, SharedImages.of(data), mesh_shape=MESHES[workers], run_dir=run_dir, provenance={}, **settings)
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
@@ -103,6 +103,33 @@ def test_a_worker_killed_between_checkpoints(
     train(tmp_path, workers)
     thread.join()
     assert starts(tmp_path) == 2
+    assert weights(tmp_path) == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_asked_to_go_hands_over_without_losing_a_step(
+    workers: int, uninterrupted: Callable[[int], dict[str, bytes]], tmp_path: Path
+) -> None:
+    """SIGTERM to one of them: no failure is counted, another group begins with the step after the last one's."""
+    expected = uninterrupted(workers)
+    left: list[tuple[int, int]] = []  # the last step that was reported, and that of the checkpoint
+
+    def terminate() -> None:
+        while steps_done(tmp_path) < 100:
+            time.sleep(0.005)
+        train_workers()[-1].send_signal(signal.SIGTERM)
+        while starts(tmp_path) < 2:
+            done, there = steps_done(tmp_path), kept(tmp_path, warn=lambda text: None)
+            left.append((done, 0 if there is None else there.step))
+            time.sleep(0.005)
+
+    thread = in_background(terminate)
+    train(tmp_path, workers, max_failures=0)
+    thread.join()
+    assert starts(tmp_path) == 2
+    notes = [record for record, _ in read_records(tmp_path) if record["kind"] == "status"]
+    assert [record["status"] for record in notes] == ["RUNNING", "KILLED", "RUNNING", "FINISHED"]
+    assert 100 <= left[-1][0] <= left[-1][1] < STEPS
     assert weights(tmp_path) == expected
 
 
