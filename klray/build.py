@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from klray import registry
-from klray.config import Config, ConfigError, Sampling
+from klray.config import Config, ConfigError, Sampling, explain
 from klray.core.denoiser import Denoiser, TermDenoiser
 from klray.core.finish import solve
 from klray.core.learned_timesteps import scaled
@@ -151,7 +152,9 @@ class Sampler:
     scale: list[float] | None = None
     final: str = "denoise"
 
-    def sample(self, denoiser: Denoiser, schedule: Schedule, noise: Tensor) -> Tensor:
+    def sample(
+        self, denoiser: Denoiser, schedule: Schedule, noise: Tensor, noise_of: Callable[[int], Tensor] | None = None
+    ) -> Tensor:
         """Unit noise [B, C, H, W] -> images, see ``solve``."""
         timesteps, model_timesteps = self.grid(schedule)
         if self.scale is not None:
@@ -166,6 +169,7 @@ class Sampler:
             model_timesteps,
             options=self.options,
             final=self.final,
+            noise_of=noise_of,
         )
 
 
@@ -184,13 +188,14 @@ def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
     if unknown := sorted(settings.options.keys() - solver.options):
         known_options = ", ".join(solver.options)
         raise ConfigError(f"sampling.options of {settings.solver} are {known_options}, got {unknown[0]!r}")
-    for key, value in settings.options.items():
-        if isinstance(solver.options[key], bool) != isinstance(value, bool):
-            rule = "true or false" if isinstance(solver.options[key], bool) else "a word"
-            raise ConfigError(f"sampling.options.{key} must be {rule}, got {value!r}")
+    try:
+        registry.settings_of("solver", settings.solver).model_validate(dict(settings.options))
+    except ValidationError as error:
+        raise ConfigError(f"sampling.options.{explain(error)}") from error
     try:  # solvers refuse wrong values of their options
         once = TIMESTEPS["logsnr"](VPLinear(), 1)
-        solver.sample(lambda x, t: x, VPLinear(), torch.zeros(1, 1, 1, 1), once, **settings.options)
+        drawn: dict[str, Any] = {"noise": lambda i: torch.zeros(1, 1, 1, 1)} if solver.takes_noise else {}
+        solver.sample(lambda x, t: x, VPLinear(), torch.zeros(1, 1, 1, 1), once, **drawn, **settings.options)
     except ValueError as error:
         raise ConfigError(f"sampling.options: {error}") from error
     num_steps = settings.num_steps if grid is None else len(grid.timesteps) - 1

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 from klray.errors import RunError, StoppedError, UserError
 
@@ -14,6 +17,13 @@ MOST_IMAGES = 10_000_000  # of one command: their list of batches and their feat
 MOST_IN_BATCH = 65_536
 LAST_SEED = 2**63
 MOST_PROFILED = 1_000  # steps of one trace, which is held in memory
+
+
+class CallableModule(ModuleType):
+    """A command's module that is also the function of its name in ``klray.api``: ``klray.train`` is both."""
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return getattr(importlib.import_module("klray.api"), self.__name__.rpartition(".")[2])(*args, **keywords)
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,19 +115,29 @@ def check_sampling_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--basis must divide --workers, {args.workers}, got {args.basis}")
 
 
-def options_of(texts: list[str]) -> dict[str, bool | str]:
-    """``--option`` KEY=VALUE; true and false are truth values.
+def options_of(texts: list[str]) -> dict[str, bool | float | str]:
+    """``--option`` KEY=VALUE; true and false are truth values, what reads as a number is one.
 
     Raises:
         UserError: for a text without =.
     """
-    options: dict[str, bool | str] = {}
+    options: dict[str, bool | float | str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--option takes KEY=VALUE, got {text!r}; for example variant=bh2")
-        options[key.strip()] = {"true": True, "false": False}.get(value.strip().lower(), value.strip())
+        words = {"true": True, "false": False}
+        options[key.strip()] = words.get(value.strip().lower(), _number(value.strip()))
     return options
+
+
+def _number(text: str) -> float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def seeds_of(text: str) -> range:

@@ -251,7 +251,9 @@ class Sampling(_Section):
         default=None, gt=0, le=MOST_STEPS
     )  # instead of num_steps: score evaluations an image, spent as the solver does
     timesteps: Annotated[str, AfterValidator(_lower)] = "logsnr"
-    options: dict[str, bool | str] = {}  # of the solver: variant, third_order, lower_order_final, convert_with
+    options: dict[
+        str, bool | int | float | str
+    ] = {}  # of the solver: variant, third_order, lower_order_final, eta, ...
     final: Literal["denoise", "keep"] = "denoise"  # of the noise that is left at the end of the grid
     clip_x0: bool = True
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # of the network; auto: bf16 on GPUs that have it, else off

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from klray.cli import Parser, add_sampling_flags, check_sampling_flags, columns, image_seeds, options_of, run_command
+from klray.cli import (
+    CallableModule,
+    Parser,
+    add_sampling_flags,
+    check_sampling_flags,
+    columns,
+    image_seeds,
+    options_of,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from klray.evaluation.job import Cell
+    from klray.evaluation.record import Row
     from klray.sampling.model import Model
 
 
@@ -57,10 +68,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(args: Namespace) -> int:
+    from klray.evaluation.cells import text_of
+
+    rows = evaluate_by(args)
+    print(columns(text_of(rows)))
+    print(f"\nin {args.folder}: table.csv, quality.png, samples.png, and a folder for each cell")
+    return 0
+
+
+def evaluate_by(args: Namespace) -> list[Row]:
+    """Measures what the command line says and what ``args.folder`` does not hold yet; a row for each cell it holds.
+
+    Raises:
+        UserError, RunError: for what cannot be measured.
+    """
     import torch
 
     from klray.cluster.connect import default_workers
-    from klray.evaluation.cells import Yardstick, evaluate_cells, open_evaluation, text_of
+    from klray.evaluation.cells import Yardstick, evaluate_cells, open_evaluation
     from klray.evaluation.features import find_extractor
     from klray.evaluation.job import Features
     from klray.evaluation.scores import check_metrics
@@ -106,10 +131,8 @@ def _evaluate(args: Namespace) -> int:
         parent=parent,
     )
     drawing = Drawing.of(checkpoint, cells[0].sampling, batch_size=args.batch_size, clip_x0=clip, compile=args.compile)
-    rows = evaluate_cells(model, cells, drawing, yardstick, reference, run, workers=workers, basis=args.basis)
-    print(columns(text_of(rows)))
-    print(f"\nin {run.folder}: table.csv, quality.png, samples.png, and a folder for each cell")
-    return 0
+    args.folder = run.folder
+    return evaluate_cells(model, cells, drawing, yardstick, reference, run, workers=workers, basis=args.basis)
 
 
 def _check(args: Namespace) -> None:
@@ -153,3 +176,4 @@ def _too_few(args: Namespace) -> str | None:
 
 if __name__ == "__main__":
     raise SystemExit(main())
+sys.modules[__name__].__class__ = CallableModule

@@ -34,7 +34,11 @@ SETS: dict[str, tuple[str, frozenset[str]]] = {  # set: where its dict lies, wha
         ("process", "klray.core.process:PROCESSES", "schedule num_terms marginal basis"),
         ("rate schedule", "klray.training.rates:RATES", "share"),
         ("schedule", "klray.core.schedule:SCHEDULES", ""),
-        ("solver", "klray.core.solvers:SOLVERS", ""),
+        (
+            "solver",
+            "klray.core.solvers:SOLVERS",
+            "denoiser schedule x timesteps model_timesteps order orders variable noise",
+        ),
         ("time grid", "klray.core.timesteps:TIMESTEPS", "schedule num_steps t_min t_max"),
     )
 }
@@ -123,6 +127,7 @@ def _own(kind: str) -> dict[str, Any]:
 def arguments(kind: str, name: str) -> dict[str, inspect.Parameter]:
     """The entry's, by name, annotations resolved; none of an object that is no function."""
     found = entry(kind, name)
+    found = getattr(found, "sample", found)  # a solver's
     if not callable(found):
         return {}
     try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klray.cli import Parser, run_command, steps_between
+from klray.cli import CallableModule, Parser, run_command, steps_between
 
 if TYPE_CHECKING:
     from klray.config import Config
@@ -43,7 +44,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 2 the user's mistake, 1 a failure, 130 stopped by Ctrl-C, 143 by SIGTERM."""
     args = parse(argv)
-    return run_command("klray.train", lambda: _train(args), lambda: _how_to_go_on(args))
+    return run_command("klray.train", lambda: train_by(args), lambda: _how_to_go_on(args))
 
 
 def _how_to_go_on(args: Namespace) -> str:
@@ -53,7 +54,8 @@ def _how_to_go_on(args: Namespace) -> str:
     return "The same command again goes on from the last checkpoint."
 
 
-def _train(args: Namespace) -> int:
+def train_by(args: Namespace) -> int:
+    """Trains as the command line says; ``args.run_dir`` is where. Raises UserError and RunError."""
     from klray.build import build_sampler
     from klray.config import ConfigError, load_config
     from klray.parallel.mesh import resolve_mesh
@@ -269,3 +271,4 @@ def _in_process(
 
 if __name__ == "__main__":
     raise SystemExit(main())
+sys.modules[__name__].__class__ = CallableModule

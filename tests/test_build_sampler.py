@@ -51,7 +51,7 @@ def run(sampler: Sampler, schedule: Schedule | None = None) -> Optimum:
     return optimum
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if not SOLVERS[name].random])
 def test_an_nfe_is_spent_exactly(solver: str) -> None:
     for nfe in range(1, 17):
         if solver == "heun" and nfe % 2:
@@ -61,7 +61,7 @@ def test_an_nfe_is_spent_exactly(solver: str) -> None:
         assert len(run(sampler).times) == nfe
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if not SOLVERS[name].random])
 def test_num_steps_are_steps_of_the_grid(solver: str) -> None:
     for num_steps in (1, 4):
         sampler = build_sampler(Sampling(solver=solver, num_steps=num_steps, timesteps="edm"))
@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "option of another solver": (
         {"solver": "ddim", "options": {"variant": "bh2"}},
-        "sampling.options of ddim are convert_with, got 'variant'",
+        "sampling.options of ddim are convert_with, eta, got 'variant'",
     ),
     "option that is the method": (
         {"solver": "dpm_solver_3", "options": {"orders": "3"}},
@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "value of lower_order_final": (
         {"solver": "dpm_solver_pp_2m", "options": {"lower_order_final": True}},
-        "sampling.options.lower_order_final must be a word, got True",
+        "sampling.options.lower_order_final must be a valid string, got True",
     ),
     "value of convert_with": (
         {"solver": "heun", "options": {"convert_with": "both"}},

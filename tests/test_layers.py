@@ -33,6 +33,7 @@ LAYERS = [
     ["training", "schedules"],
     ["comparison", "study"],
     ["train", "tune", "ld3", "sample", "evaluate", "compare", "check", "upload"],
+    ["api"],
     ["__init__", "__main__"],
 ]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,7 @@ def solve(
     *,
     options: Mapping[str, Any] | None = None,
     final: str = "denoise",
+    noise_of: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Unit noise [B, C, H, W] -> images, differentiable as ``solver.sample``, with as many denoiser calls.
 
@@ -40,6 +41,7 @@ def solve(
     Args:
         timesteps, model_timesteps, options: as for ``solver.sample``.
         final: one of FINALS.
+        noise_of: step -> fresh unit noise, for solvers that draw some.
 
     Raises:
         ValueError: for another ``final``, and as ``solver.sample``.
@@ -53,9 +55,11 @@ def solve(
         call = x, t, denoiser(x, t)
         return call[2]
 
-    x = solver.sample(
-        last, schedule, schedule.sigma(timesteps[0]) * noise, timesteps, model_timesteps, **(options or {})
-    )
+    if solver.random and noise_of is None:
+        raise ValueError("this solver draws noise at every step; what is learned and compared is one that does not")
+    drawn = {"noise": noise_of} if solver.takes_noise else {}
+    start = schedule.sigma(timesteps[0]) * noise
+    x = solver.sample(last, schedule, start, timesteps, model_timesteps, **drawn, **(options or {}))
     if final == "keep":
         return x
     assert call is not None

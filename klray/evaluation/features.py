@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from klray import registry
 from klray.errors import UserError
 
 INCEPTION = "inception"
@@ -58,7 +59,9 @@ class Extractor:
             raise ValueError(f"images are uint8 [B, 1 or 3, H, W], got {images.dtype} {list(images.shape)}")
         images = images.to(self._device).expand(-1, 3, -1, -1).contiguous()
         with torch.autocast(self._device.type, enabled=False):
-            return {key: value.float().cpu() for key, value in self._forward(images).items()}
+            found = self._forward(images)
+            named = found if isinstance(found, dict) else {"features": found}
+            return {key: value.float().cpu() for key, value in named.items()}
 
 
 def build_extractor(
@@ -71,7 +74,9 @@ def build_extractor(
             logits k 1008; ``efficientnet_lite0``: d 1280, the last activation averaged over the image, k 1000, on
             images resized to 128 x 128 (bilinear, antialiased) and scaled to (x - 127) / 128, x in 0..255, as
             EfficientNet-Lite was trained; or a name in torch-fidelity's registry, with its default layers for FID
-            (features) and for the Inception score (logits), where it has them.
+            (features) and for the Inception score (logits), where it has them; or module:attribute of your own: called
+            with ``device`` it gives a function of uint8 images [B, 3, H, W] there to features [B, d], or to a dict of
+            them and of logits.
         inception_weights: a copy of torch-fidelity's weights file; otherwise torch hub's, downloaded where missing.
         device: where the network runs; the CPU by default.
 
@@ -80,11 +85,10 @@ def build_extractor(
     """
     name = _known(name)
     device = device or torch.device("cpu")
-    if name == EFFICIENTNET:
-        return Extractor(name, _efficientnet(device), device)
     if name == INCEPTION:
-        weights = str(_inception_file(inception_weights))
-        return Extractor(name, _registered(_FIDELITY_INCEPTION, device, feature_extractor_weights_path=weights), device)
+        return Extractor(name, _inception(device, inception_weights), device)
+    if name in FEATURES or ":" in name:
+        return Extractor(name, registry.build("features", name, {}, device=device), device)
     try:
         with _socket_timeout():
             return Extractor(name, _registered(name, device), device)
@@ -125,7 +129,10 @@ def find_extractor(asked: str | None, inception_weights: Path | None = None) -> 
 
 
 def _known(name: str) -> str:
-    if name in (INCEPTION, EFFICIENTNET):
+    if name in FEATURES:
+        return name
+    if ":" in name:
+        registry.entry("features", name)
         return name
     if name == _FIDELITY_INCEPTION:
         return INCEPTION
@@ -186,6 +193,14 @@ def _efficientnet(device: torch.device) -> Callable[[Tensor], dict[str, Tensor]]
         return {"features": features, "logits": network._fc(features)}
 
     return forward
+
+
+def _inception(device: torch.device, weights: Path | None = None) -> Callable[[Tensor], dict[str, Tensor]]:
+    file = str(_inception_file(weights))
+    return _registered(_FIDELITY_INCEPTION, device, feature_extractor_weights_path=file)
+
+
+FEATURES: dict[str, Any] = {INCEPTION: _inception, EFFICIENTNET: _efficientnet}
 
 
 def _efficientnet_weights() -> dict[str, Tensor]:

@@ -54,10 +54,11 @@ def image_drawer(
     encoder = encoder or Pixels()
     places = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
+    def noise_of(step: int) -> Tensor:  # -1: the start's
+        return normal(0, 1 + step, Purpose.SAMPLE, places, encoder.shape(shape), torch.float32)
+
     def batch() -> tuple[Tensor, Tensor]:
-        images = sampler.sample(
-            denoiser, schedule, normal(0, 0, Purpose.SAMPLE, places, encoder.shape(shape), torch.float32)
-        )
+        images = sampler.sample(denoiser, schedule, noise_of(-1), noise_of)
         return encoder.decode(images), images.isfinite().flatten(1).all(1)
 
     run = CudaGraph(batch, lambda why: warnings.warn(f"drawing without a CUDA graph: {why}", stacklevel=2), 1)

@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from klray import registry
 from klray.config import MOST_STEPS
-from klray.core.schedule import Schedule
+from klray.core.finish import solve
+from klray.core.schedule import Schedule, VPLinear
 from klray.errors import UserError
 from klray.schedules.fit_settings import FitSettings
 from klray.schedules.learners import Learner
@@ -195,6 +197,12 @@ def check_ask(ask: Ask, jobs: Sequence[Job]) -> None:
         if jobs.count(job) > 1:
             again = f" with seed {job.seed}" if job.seed else ""
             raise AskError(f"{job.solver} at {job.nfe} NFE{again} is asked for twice")
+        try:
+            blank = torch.zeros(1, 1, 1, 1)
+            once = registry.entry("time grid", "logsnr")(VPLinear(), 1)
+            solve(registry.entry("solver", job.solver), lambda x, t: x, VPLinear(), blank, once, options=job.options)
+        except ValueError as error:
+            raise AskError(f"{job.solver}: {error}") from error
         if job.nfe >= ask.teacher_nfe:
             raise AskError(f"--teacher-nfe must be above every --nfe, got {ask.teacher_nfe} for {job.nfe}")
 

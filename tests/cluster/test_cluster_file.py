@@ -139,7 +139,7 @@ BROKEN: dict[str, tuple[Callable[[Content], None], str]] = {
     "open door": (_door, "may open SSH only, port 22, got 8265 to 8265"),
     "another Ray": (_in_commands("setup_commands", "==2.60.0", "==2.59.0"), "ray must be 2.60.0"),
     "Ray not pinned": (_in_commands("setup_commands", "==2.60.0", ""), "nothing names its version"),
-    "another klray": (_in_commands("setup_commands", "klray-0.1.0", "klray-0.0.9"), "klray must be 0.1.0"),
+    "another klray": (_in_commands("setup_commands", "klray-0.2.0", "klray-0.0.9"), "klray must be 0.2.0"),
     "no wheel": (_set("file_mounts|~/wheels", "wheels"), "wheels must exist"),
     "SSH without a head": (_local_without_head, "head_ip"),
     "SSH with types": (_local_with_types, "available_node_types"),

@@ -206,7 +206,7 @@ REFUSED = {
     "solver": (["--solver", "euler"], "sampling.solver must be one of ddim, heun,"),
     "grid": (["--timesteps", "karras"], "sampling.timesteps must be one of time_uniform, time_quadratic, logsnr, edm"),
     "missing grid": (["--timesteps", "none.json"], "none.json cannot be read as JSON: [Errno 2] No such file"),
-    "option": (["--option", "variant=bh2"], "sampling.options of ddim are convert_with, got 'variant'"),
+    "option": (["--option", "variant=bh2"], "sampling.options of ddim are convert_with, eta, got 'variant'"),
     "value of an option": (
         ["--solver", "unipc_2", "--option", "variant=bh3"],
         "sampling.options: variant must be bh1 or bh2, got 'bh3'",

@@ -84,7 +84,7 @@ def exact() -> dict[str, tuple[MixtureDenoiser, Tensor]]:
 
 
 def test_the_solvers_are_these() -> None:
-    assert sorted(SOLVERS) == sorted(NAMES)
+    assert sorted(name for name in SOLVERS if not SOLVERS[name].random) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("data", ["gaussian", "mixture"])

@@ -609,3 +609,60 @@ def test_ipndm_is_adams_bashforth_in_the_ddim_update(order: int) -> None:
         eps = sum(w * e for w, e in zip(adams_bashforth(len(history)), history, strict=True))
         walk.append(alpha[i + 1] * (walk[-1] - sigma[i] * eps) / alpha[i] + sigma[i + 1] * eps)
     assert gap(ours(f"ipndm_{order}", schedule, x, grid), walk) < 1e-11
+
+
+@pytest.mark.parametrize("num_steps", [4, 20])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_with_fresh_noise(eta: float, num_steps: int) -> None:
+    """Against DDIMScheduler, given the same noise at each step."""
+    scheduler, schedule, grid = chain(
+        DDIMScheduler, num_steps, torch.float64, set_alpha_to_one=False, clip_sample=False
+    )
+    grid = torch.cat([grid[:-1], grid.new_tensor([1e-3])])
+    x = noise(torch.float64)
+    fresh = [torch.randn(x.shape, generator=torch.Generator().manual_seed(10 + i)).double() for i in range(num_steps)]
+    mine = ours("ddim", schedule, x, grid, eta=eta, noise=lambda i: fresh[i])
+    shown = []
+    for i, (index, t) in enumerate(zip(scheduler.timesteps, grid[:-1], strict=True)):
+        shown.append(x)
+        x = scheduler.step(noise_estimate(schedule, x, t), index, x, eta=eta, variance_noise=fresh[i]).prev_sample
+    for a, b in zip(mine, [*shown, x], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_steps", [4, 20])
+def test_sde_dpm_solver_pp(num_steps: int) -> None:
+    """Against DPMSolverMultistepScheduler's sde-dpmsolver++ of order 2, given the same noise at each step."""
+    settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "final_sigmas_type": "sigma_min"}
+    scheduler, schedule, grid = chain(
+        DPMSolverMultistepScheduler, num_steps, torch.float64, lower_order_final=False, **settings
+    )
+    x = noise(torch.float64)
+    fresh = [torch.randn(x.shape, generator=torch.Generator().manual_seed(10 + i)).double() for i in range(num_steps)]
+    mine = ours("sde_dpm_solver_pp_2m", schedule, x, grid, noise=lambda i: fresh[i])
+    shown = []
+    for i, (index, t) in enumerate(zip(scheduler.timesteps, grid[:-1], strict=True)):
+        shown.append(x)
+        x = scheduler.step(noise_estimate(schedule, x, t), index, x, variance_noise=fresh[i]).prev_sample
+    for a, b in zip(mine, [*shown, x], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "options"), [("ddim", {"eta": 1.0}), ("sde_dpm_solver_pp_2m", {})])
+def test_random_solvers_keep_the_law_of_gaussian_data(name: str, options: dict[str, float]) -> None:
+    """x_0 ~ N(0, 0.5^2), whose denoiser is exact: many steps draw it, each run with other noise, to four errors."""
+    schedule, count = VPLinear(), 20_000
+
+    def exact(x: Tensor, t: Tensor) -> Tensor:
+        alpha, variance = schedule.alpha(t), (0.5 * schedule.alpha(t)) ** 2 + schedule.sigma(t) ** 2
+        return 0.25 * alpha / variance * x
+
+    generator = torch.Generator().manual_seed(0)
+
+    def fresh(i: int) -> Tensor:
+        return torch.randn(count, 1, dtype=torch.float64, generator=generator)
+
+    drawn = SOLVERS[name].sample(exact, schedule, fresh(0), TIMESTEPS["logsnr"](schedule, 100), noise=fresh, **options)
+    ending = schedule.alpha(torch.tensor(1e-3).double()) ** 2 * 0.25 + schedule.sigma(torch.tensor(1e-3).double()) ** 2
+    error = float(ending) * (2 / count) ** 0.5
+    assert abs(float(drawn.var()) - float(ending)) < 4 * error + 0.02 * float(ending)

@@ -126,7 +126,7 @@ def test_gits_gives_grids_for_every_solver(kind: str) -> None:
         grid = gits_grid_from(costs, num_steps)
         assert_usable(grid, schedule, num_steps)
         assert set(grid.tolist()) <= set(TIMESTEPS["edm"](schedule, 30).tolist())
-    for solver in SOLVERS.values():
+    for solver in (each for each in SOLVERS.values() if not each.random):
         out = solver.sample(mixture(schedule), schedule, schedule.prior_std * noise, gits_grid_from(costs, 6))
         assert torch.isfinite(out).all()
 

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from klray.core.solvers import ddim, deis, dpm_solver, dpm_solver_pp, heun, ipndm, unipc
+from klray.core.solvers import ddim, deis, dpm_solver, dpm_solver_pp, heun, ipndm, sde_dpm_solver_pp, unipc
 from klray.core.solvers.path import multistep_orders
 
 
@@ -29,8 +30,8 @@ class Solver:
 
     sample: Callable[..., Tensor]
     order: int
-    nfe: Callable[[int], int]
-    orders_for: Callable[[int], list[int]]
+    nfe: Callable[[int], int] = lambda num_steps: num_steps
+    orders_for: Callable[[int], list[int]] = lambda nfe: [1] * _at_least_one(nfe)
 
     def plan(self, nfe: int) -> tuple[int, dict[str, list[int]]]:
         """The number of steps, and the keywords of ``sample``, that spend exactly ``nfe``; raises as ``orders_for``."""
@@ -38,11 +39,23 @@ class Solver:
         return len(orders), {} if self.nfe(len(orders)) == nfe else {"orders": orders}
 
     @property
-    def options(self) -> dict[str, bool | str]:
+    def options(self) -> dict[str, Any]:
         """The keywords of ``sample`` that are a user's choice, with their defaults."""
         parameters = inspect.signature(self.sample).parameters.values()
         keywords = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
-        return {name: keywords[name] for name in keywords if name not in ("order", "orders", "variable")}
+        return {name: keywords[name] for name in keywords if name not in ("order", "orders", "variable", "noise")}
+
+    @property
+    def takes_noise(self) -> bool:
+        """Whether ``sample`` has a keyword ``noise``: step -> unit noise [B, C, H, W], which it may draw."""
+        return "noise" in inspect.signature(self.sample).parameters
+
+    @property
+    def random(self) -> bool:
+        """Whether it cannot do without."""
+        return (
+            self.takes_noise and inspect.signature(self.sample).parameters["noise"].default is inspect.Parameter.empty
+        )
 
 
 def _multistep(sample: Callable[..., Tensor], points: int, order: int, lower_order_final: str = "never") -> Solver:
@@ -82,6 +95,7 @@ SOLVERS: dict[str, Solver] = {
     "dpm_solver_pp_3m": _multistep(partial(dpm_solver_pp.sample, order=3), 3, 2, "auto"),
     "unipc_2": _multistep(partial(unipc.sample, order=2), 2, 3, "auto"),
     "unipc_3": _multistep(partial(unipc.sample, order=3), 3, 3, "auto"),
+    "sde_dpm_solver_pp_2m": Solver(sde_dpm_solver_pp.sample, 1),
     "ipndm_2": _multistep(partial(ipndm.sample, order=2), 2, 2),
     "ipndm_3": _multistep(partial(ipndm.sample, order=3), 3, 2),
     "ipndm_4": _multistep(partial(ipndm.sample, order=4), 4, 2),

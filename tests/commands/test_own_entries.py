@@ -1,0 +1,188 @@
+"""Entries of the user's own, from files outside the package: one new file, and no file of klray names it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import klray
+from klray.config import ConfigError, load_config
+from klray.core.bases import breaks_at
+from klray.core.karhunen_loeve import KarhunenLoeve
+from klray.core.schedule import VPLinear
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MINE = '''
+import torch
+from torch import nn
+from klray.core.solvers import Solver
+from klray.core.solvers.ddim import step
+from klray.core.solvers.path import Path
+from klray.schedules.fit_settings import FitSettings, Optimizers
+from klray.schedules.learners import Learner
+
+
+def sgd(parameters, lr, *, momentum: float = 0.0):
+    """No found_inf: the host asks whether the gradient is finite."""
+    return torch.optim.SGD(parameters.values(), lr=lr, momentum=momentum)
+
+
+def halves(share, *, times: int = 2):
+    return 0.5 ** int(times * share)
+
+
+def sample(denoiser, schedule, x, timesteps, model_timesteps=None, *, damp: float = 1.0):
+    path = Path(denoiser, schedule, timesteps, model_timesteps, "net")
+    for i in range(path.num_steps):
+        x = step(path, x, damp * path.x0_hat(x, i), i)
+    return x
+
+
+damped = Solver(sample, order=1)
+
+
+def squared(schedule, num_steps, t_min=None, t_max=None):
+    ends = [schedule.t_max if t_max is None else t_max, schedule.t_min if t_min is None else t_min]
+    high, low = (torch.tensor(end, dtype=torch.float64) ** 0.5 for end in ends)
+    return torch.linspace(float(high), float(low), num_steps + 1, dtype=torch.float64) ** 2
+
+
+class Plain(Optimizers):
+    def optimizer(self, parameter, rate):
+        return torch.optim.SGD([parameter], lr=rate)
+
+
+slow = Learner(Plain, FitSettings(rounds_theta=1, rounds_both=1, validation_pairs=4), pairs=8)
+
+
+class Quiet:
+    """As share, of a tenth of the output."""
+    def __init__(self, process, tenth: float = 0.1):
+        from klray.core.parametrisations import Share
+        self.inner, self.tenth = Share(process), tenth
+        self.shift, self.c_in, self.c_noise, self.weight = (
+            self.inner.shift, self.inner.c_in, self.inner.c_noise, self.inner.weight)
+
+    def scale(self, t):
+        return self.tenth * self.inner.scale(t)
+
+
+def means(device):
+    return lambda images: images.float().flatten(2).mean(2)
+'''
+OWN = {
+    "network.kind": "own_network:ConvNet",
+    "network.width": 8,
+    "process.basis": "own_basis:legendre",
+    "process.num_terms": 3,
+    "data.name": "own_data:rings",
+    "data.count": 60,
+    "optimizer.kind": "mine:sgd",
+    "optimizer.momentum": 0.5,
+    "optimizer.lr": 0.01,
+    "optimizer.warmup_images": 0,
+    "optimizer.rate": "mine:halves",
+    "optimizer.times": 3,
+    "loss.prediction": "mine:Quiet",
+    "sampling.solver": "mine:damped",
+    "sampling.options": {"damp": 0.9},
+    "sampling.timesteps": "mine:squared",
+    "sampling.num_steps": 3,
+    "sampling.images": 4,
+    "optimizer.batch_size": 8,
+    "budget.unit": "steps",
+    "budget.amount": 6,
+    "validation.images": 3,
+    "validation.time_bins": 1,
+    "tracking.uri": "off",
+    "tracking.every_steps": 1,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the user's files in it."""
+    for file in EXAMPLES.glob("own_*.py"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "own_network", "own_basis", "own_data"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def test_a_run_of_the_users_own_parts_from_beginning_to_end(folder: Path) -> None:
+    run = klray.train("digits", OWN, runner="local", name="own")
+    rates = run.metrics()["train/lr"].dropna().tolist()
+    assert rates == [0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025]
+    model = run.model()
+    assert type(model.loaded.network).__name__ == "ConvNet"
+    images = model.sample(range(4), batch_size=4)
+    assert images.shape == (4, 1, 8, 8)
+    assert not torch.equal(images, model.sample(range(4), batch_size=4, options={"damp": 0.5}))
+    assert not torch.equal(images, model.sample(range(4), batch_size=4, timesteps="logsnr"))
+    schedule = klray.learn_schedule(model, solver="mine:damped", nfe=3, optimizer="mine:slow")
+    assert schedule.settings["optimizer"] == "mine:slow"
+    assert len(schedule.timesteps) == 4
+    (row,) = klray.evaluate(model, nfe=[3], num_samples=6, repeats=1, metrics=["fid"], features="mine:means")
+    assert row["solver"] == "mine:damped"
+    again = klray.train("digits", OWN | {"budget.amount": 6}, runner="local", name="own")
+    assert again.path == run.path
+
+
+def test_a_run_of_them_goes_on_bit_for_bit(folder: Path) -> None:
+    constant = {key: value for key, value in OWN.items() if key != "optimizer.times"} | {"optimizer.rate": "constant"}
+    whole = klray.train("digits", constant, runner="local", name="whole")
+    klray.train("digits", constant | {"budget.amount": 3}, runner="local", name="parts")
+    parts = klray.train("digits", constant, runner="local", name="parts")
+    tensors = [load_file(next(run.path.glob("checkpoints/*006*/training.safetensors"))) for run in (whole, parts)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_names_that_lead_nowhere_are_one_line(folder: Path) -> None:
+    for change, told in {
+        "network.kind=own_network:ConvNot": "own_network has no 'ConvNot'; the nearest is ConvNet",
+        "network.kind=own_netwrk:ConvNet": "own_netwrk cannot be imported (No module named 'own_netwrk')",
+        "network.kind=own_network:ConvNet network.widht=3": "unknown key network.widht; did you mean network.width?",
+        "network.kind=own_network:ConvNet network.width=wide": "network.width must be a valid integer, got 'wide'",
+        "process.basis=sin": "process.basis must be one of sine, cosine, haar, kl_lam, or module:attribute, got 'sin'",
+        "data.name=own_data:rings data.count=1.5": "data.count must be a valid integer, got 1.5",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            load_config("digits", change.split())
+        assert told in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_examples_are_short_and_their_basis_is_orthonormal(folder: Path) -> None:
+    assert all(len(file.read_text().splitlines()) <= 40 for file in EXAMPLES.glob("own_*.py"))
+    from own_basis import legendre  # type: ignore[import-not-found]
+
+    t = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    phi = legendre(t, 5)
+    torch.testing.assert_close(phi.T @ phi / len(t), torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-6)
+    # The share of sigma^2 that 8 terms keep at t = 0.01, 0.5 and 1, by an independent quadrature.
+    process, schedule = KarhunenLoeve(VPLinear(), 8, "truncated", legendre), VPLinear()
+    times = torch.tensor([0.01, 0.5, 1.0], dtype=torch.float64)
+    kept = (process.sigma(times) / schedule.sigma(times)).square()
+    torch.testing.assert_close(kept, torch.tensor([0.4471, 0.8047, 1.0]).double(), rtol=0, atol=6e-5)
+    assert not breaks_at(legendre, 8)
+
+
+def test_no_file_of_klray_names_them() -> None:
+    package = Path(klray.__file__).parent
+    texts = "".join(file.read_text() for file in package.rglob("*.py"))
+    assert not any(name in texts for name in ("own_network", "own_data", "own_basis", "ConvNet", "legendre("))
+
+
+def test_the_package_and_its_help_are_light() -> None:
+    code = "import sys, klray; from klray.__main__ import main; main(['--help']); print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert not loaded & {"torch", "numpy", "pydantic", "ray", "mlflow", "optuna"}
