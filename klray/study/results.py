@@ -17,6 +17,7 @@ from klray.runs.records import history
 from klray.statistics import half_width
 from klray.study.search import DIVERGED, latest, number_of, open_study, stored, trial_name
 from klray.study.space import Space
+from klray.tracking.view import View
 
 COSTS = ("images_seen", "network_evals", "seconds")
 
@@ -87,6 +88,16 @@ def table(space: Space, rows: Sequence[TrialRow]) -> str:
         used = [f"{row.used[key]:,.0f}" if key in row.used else "" for key in COSTS]
         lines.append([*line, f"{row.used.get('budget_used', 0):.0%}", *used])
     return columns(lines)
+
+
+def view_of(space: Space) -> View:
+    """How MLflow's pages show the trials."""
+    return View(
+        heading=space.question,
+        params=space.shown,
+        metrics=[objective.metric for objective in space.objectives],
+        ascending=space.objectives[0].direction == "minimize",
+    )
 
 
 def train_command(space: Space, row: TrialRow) -> str:
