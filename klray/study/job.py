@@ -20,7 +20,8 @@ from klray.study.scores import study_reference
 from klray.study.search import ERROR, FINISHED, StudySearch, trial_name
 from klray.study.space import Space
 from klray.study.trial import Plan, run_trial
-from klray.tracking.state import STATE_TAG
+from klray.tracking.note import run_note
+from klray.tracking.state import NOTE_TAG, STATE_TAG
 from klray.training.job import SharedImages, runs_at_once
 
 _DEATHS = 3  # of a trial's process, before the trial counts as failed
@@ -166,9 +167,9 @@ class _Watcher(tune.Callback):
         number = trial.config["number"]
         if event == "finished":
             whole = all(math.isfinite(value) for value in result[FINISHED])
-            self._ended(number, "complete" if whole else "diverged")
+            self._ended(trial, "complete" if whole else "diverged")
         elif event == "failed":
-            self._ended(number, "failed")
+            self._ended(trial, "failed")
         self._watch(event, number, result)
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
@@ -176,20 +177,22 @@ class _Watcher(tune.Callback):
             number = trial.config["number"]
             with RecordWriter(self._folder / "trials" / trial_name(self._space, number, 0)) as writer:
                 writer.status("KILLED")
-            self._ended(number, "pruned")
+            self._ended(trial, "pruned")
             self._watch("pruned", number, trial.last_result or {})
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
-        self._ended(trial.config["number"], "failed")
+        self._ended(trial, "failed")
         self._watch("failed", trial.config["number"], {ERROR: _last_line(trial)})
 
-    def _ended(self, number: int, state: str) -> None:
+    def _ended(self, trial: Any, state: str) -> None:
         """Tells the records of a trial's runs what became of it."""
+        told = trial.config
         for seed in range(self._space.seeds):
-            run_dir = self._folder / "trials" / trial_name(self._space, number, seed)
+            run_dir = self._folder / "trials" / trial_name(self._space, told["number"], seed)
             if (run_dir / RECORDS_FILE).exists():
+                config = self._space.config(told["chosen"], told["repeat"] * self._space.seeds + seed)
                 with RecordWriter(run_dir) as writer:
-                    writer.tags({STATE_TAG: state})
+                    writer.tags({STATE_TAG: state, NOTE_TAG: run_note(config, run_dir)})
 
 
 def _last_line(trial: Any) -> str:

@@ -301,3 +301,16 @@ def test_the_study_s_note_leads_to_a_chart_of_its_trials(study: Study, pages: Pa
     shown = [TERMS, LR, GRID, SCORE]
     pages.wait.until(lambda b: b.execute_script(axes) == shown, f"the axes must be {shown}")
     keep(pages, tmp_path / "trials_chart.png")
+
+
+def test_a_trial_s_page_begins_with_its_score_and_settings(study: Study, pages: Pages, tmp_path: Path) -> None:
+    run = study.trials[0]
+    rows = dict(re.findall(r"^\| (.+) \| (.+) \|$", run.data.tags["mlflow.note.content"], re.MULTILINE))
+    assert rows[SCORE] == f"{run.data.metrics[SCORE]:.5g}"
+    assert rows["budget"] == f"{run.data.metrics['budget_used']:.0%} of 640 network_evals"
+    assert rows["varied"] == run.info.run_name
+    assert {key: rows[key] for key in (TERMS, LR)} == {key: run.data.params[key] for key in (TERMS, LR)}
+    assert len(rows) < 20
+    pages.open(f"{study.uri}/#/experiments/{study.experiment}/runs/{run.info.run_id}", run.info.run_name)
+    pages.find(f"//th[normalize-space()='{SCORE}']/following-sibling::th[normalize-space()='{rows[SCORE]}']")
+    keep(pages, tmp_path / "trial.png")
