@@ -117,7 +117,7 @@ def _run(args: Namespace, space: Space, name: str) -> int:
     from klray.study.figures import draw_figures
     from klray.study.job import concurrency, run_study
     from klray.study.progress import StudyProgress
-    from klray.study.results import collect, ranking, table, train_command, view_of, write_csv
+    from klray.study.results import collect, goes_on, ranking, table, train_command, view_of, write_csv
     from klray.tracking.mlflow_upload import resolve_uri
     from klray.tracking.parent_run import parent_run
     from klray.tracking.view import where_to_look
@@ -131,6 +131,8 @@ def _run(args: Namespace, space: Space, name: str) -> int:
         folder = stack.enter_context(opened)
         print(f"study {name} in {folder}: {space.question}", flush=True)
         say = partial(print, flush=True)
+        if before := goes_on(space, folder, args.retry_failed):
+            say(before)
         writer = stack.enter_context(parent_run(folder, uri, "study", _params(space), view=view_of(space), say=say))
         connect()
         features = Features(*_features(space))

@@ -149,6 +149,11 @@ class RecordWriter:
             raise OSError(errno.ENOSPC, "a record does not fit on the disk", str(self.run_dir / RECORDS_FILE))
 
 
+def status_after(error: type[BaseException]) -> str:
+    """The status of a run that an error ends: KILLED where somebody asked for it; Ray answers Ctrl-C with sys.exit."""
+    return "KILLED" if issubclass(error, (KeyboardInterrupt, SystemExit)) else "FAILED"
+
+
 def read_records(run_dir: Path | str, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
     """The complete records from a byte offset on, each with the offset at which to go on; nothing if there is no file.
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from klray.runs.provenance import git_commit, hardware
-from klray.runs.records import RecordWriter
+from klray.runs.records import RecordWriter, status_after
 from klray.tracking.children import StudyUploads
 from klray.tracking.mlflow_upload import Uploader
+from klray.tracking.stale import close_below
 from klray.tracking.view import View, where
 
 
@@ -26,7 +27,7 @@ def parent_run(
     view: View | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[RecordWriter]:
-    """Opens the run of FOLDER in MLflow; runs in FOLDER/trials are nested in it.
+    """Opens the run of FOLDER in MLflow; runs in FOLDER/trials are nested in it. The caller holds FOLDER/lock.
 
     Args:
         uri: of MLflow; None for none: records are kept in the folder.
@@ -54,9 +55,11 @@ def parent_run(
         writer = stack.enter_context(RecordWriter(folder))
         writer.status("RUNNING")
         writer.params(params)
-        stack.enter_context(StudyUploads(folder, uri, experiment))
+        # Of those some go on, and say RUNNING again.
+        stack.enter_context(StudyUploads(folder, uri, experiment, stale=close_below(folder)))
         try:
             yield writer
         except BaseException as error:
-            writer.status("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            writer.status(status_after(type(error)))
+            close_below(folder)
             raise

@@ -16,7 +16,7 @@ from klray.config import Config
 from klray.data.sources import ImageData
 from klray.parallel.mesh import Mesh
 from klray.runs.progress import budget_used
-from klray.runs.records import RecordWriter
+from klray.runs.records import RecordWriter, status_after
 from klray.runs.run_dir import Turn
 from klray.runs.train_state import Progress
 from klray.tracking.note import run_note
@@ -88,7 +88,7 @@ def train_and_record(
             )
             status = "FINISHED"
         except BaseException as error:
-            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            status = status_after(type(error))
             raise
         finally:
             if writer is not None and turn is not None and not turn.lost():
