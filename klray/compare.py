@@ -149,8 +149,11 @@ def _dry_run(arms: dict[Arm, Config], name: str) -> int:
 
 
 def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, description: dict[str, Any]) -> int:
+    from functools import partial
+
     from klray.cluster.connect import connect
     from klray.comparison.job import ComparisonJob
+    from klray.comparison.plan import view_of
     from klray.comparison.progress import ComparisonProgress
     from klray.comparison.report import report, write_files
     from klray.config import flatten
@@ -158,6 +161,7 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
     from klray.runs.study_dir import open_study_folder
     from klray.tracking.mlflow_upload import resolve_uri
     from klray.tracking.parent_run import parent_run
+    from klray.tracking.view import where_to_look
     from klray.training.job import SharedImages
 
     def differences(kept: dict[str, Any]) -> list[str]:
@@ -174,11 +178,13 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
     data = images_of(base.data)
     with open_study_folder(args.comparisons, name, description, differences, may_grow="seeds") as folder:
         print(f"comparison {name} in {folder}", flush=True)
-        with parent_run(folder, uri, "comparison", flatten(description)) as writer:
+        say = partial(print, flush=True)
+        view = view_of(arms)
+        with parent_run(folder, uri, "comparison", flatten(description), view=view, say=say) as writer:
             connect()
             runs = len(arms) * (args.rates + args.seeds)
             print(f"{len(arms)} arms x ({args.rates} learning rates + {args.seeds} seeds) = {runs} runs, or some more")
-            progress = ComparisonProgress(runs, lambda line: print(line, flush=True))
+            progress = ComparisonProgress(runs, say)
             details = {"experiment": name, "tracking_uri": uri}
             images, part = SharedImages.of(data), args.gpus_per_worker
             job = ComparisonJob(folder, images, args.workers, details, progress, part)
@@ -189,7 +195,7 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
             writer.status("FAILED" if failures else "FINISHED")
     print(f"\n{text}\n\nresults     {folder}")
     if uri is not None:
-        print(f"MLflow      mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"MLflow      {uri}")
+        print(where_to_look(uri, folder))
     for run, failure in failures.items():
         print(f"{run} failed: {failure}")
     return 1 if failures else 0

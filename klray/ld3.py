@@ -144,6 +144,7 @@ def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
     from klray.schedules.job import Ld3Job
     from klray.schedules.store import home_of
     from klray.schedules.table import rows_of, text_of
+    from klray.tracking.stale import send_rest
 
     home = home_of(model.folder)
     job = Ld3Job(model, home, ask, jobs, args.name, args.tracking_uri, args.workers, _measuring(args, model))
@@ -157,6 +158,8 @@ def _learn(args: Namespace, model: Model, ask: Ask, jobs: list[Job]) -> int:
     quality: list[dict[str, Any]] = []
     if missing or job.measuring is not None:
         failures, quality = job.run(missing, partial(print, flush=True))
+    else:
+        send_rest(job.folder)
     if schedules := job.schedules():
         header = f"loss on {ask.fit.validation_pairs} validation pairs, which chose the grid but did not train it"
         print(f"\n{header}:\n{text_of(rows_of(schedules))}")

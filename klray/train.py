@@ -167,6 +167,8 @@ def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, in
     from klray.runs.records import RecordWriter
     from klray.runs.run_dir import open_run
     from klray.tracking.mlflow_upload import TrackingError, Uploader, prepare, resolve_uri
+    from klray.tracking.stale import send_rest
+    from klray.tracking.view import where_to_look
     from klray.training.evaluate_during import SnapshotEvaluator
     from klray.training.progress import ProgressLines, summary
     from klray.training.recorded import record_scores
@@ -181,6 +183,7 @@ def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, in
         progress = kept(run_dir, lambda text: print(f"note: {text}", flush=True))
         done = progress is not None and not fits(config, progress)
         if done and not any(run_dir.glob("snapshots/snapshot_*")):
+            send_rest(run_dir)
             print(f"run {name} has finished:\n{summary(run_dir)}")
             print("A larger --set budget.amount=... goes on from here.")
             return 0
@@ -203,7 +206,7 @@ def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, in
             record_scores(run_dir, writer, set())
     print(f"finished {name}: {summary(run_dir)}")
     if uri is not None:
-        print(f"MLflow      mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"MLflow      {uri}")
+        print(where_to_look(uri, run_dir))
     return 0
 
 

@@ -108,6 +108,7 @@ def _dry_run(space: Space, name: str) -> int:
 
 def _run(args: Namespace, space: Space, name: str) -> int:
     from contextlib import ExitStack
+    from functools import partial
 
     from klray.cluster.connect import connect
     from klray.data.sources import images_of
@@ -116,9 +117,10 @@ def _run(args: Namespace, space: Space, name: str) -> int:
     from klray.study.figures import draw_figures
     from klray.study.job import concurrency, run_study
     from klray.study.progress import StudyProgress
-    from klray.study.results import collect, ranking, table, train_command, write_csv
+    from klray.study.results import collect, goes_on, ranking, table, train_command, view_of, write_csv
     from klray.tracking.mlflow_upload import resolve_uri
     from klray.tracking.parent_run import parent_run
+    from klray.tracking.view import where_to_look
     from klray.training.job import SharedImages
 
     asked = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -128,10 +130,13 @@ def _run(args: Namespace, space: Space, name: str) -> int:
         opened = open_study_folder(args.studies, name, space.describe(), space.differences, may_grow="trials")
         folder = stack.enter_context(opened)
         print(f"study {name} in {folder}: {space.question}", flush=True)
-        writer = stack.enter_context(parent_run(folder, uri, "study", _params(space)))
+        say = partial(print, flush=True)
+        if before := goes_on(space, folder, args.retry_failed):
+            say(before)
+        writer = stack.enter_context(parent_run(folder, uri, "study", _params(space), view=view_of(space), say=say))
         connect()
         features = Features(*_features(space))
-        progress = StudyProgress(space, lambda line: print(line, flush=True))
+        progress = StudyProgress(space, say)
         at_once = concurrency(space, args.workers, args.gpus_per_worker)
         print(f"{space.trials} trials, {at_once} at a time, {args.workers} workers each")
         details = {"experiment": name, "tracking_uri": uri}
@@ -161,7 +166,7 @@ def _run(args: Namespace, space: Space, name: str) -> int:
     if complete:
         print(f"best        trial {complete[0].number}:\n{train_command(space, complete[0])}")
     if uri is not None:
-        print(f"MLflow      mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"MLflow      {uri}")
+        print(where_to_look(uri, folder))
     if failed:
         print(f"{len(failed)} trials failed: {', '.join(str(row.number) for row in failed)}")
     return 1 if failed or not complete else 0

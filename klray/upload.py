@@ -12,7 +12,8 @@ def parse(argv: list[str] | None) -> Namespace:
     """The command line."""
     parser = Parser(
         prog="klray.upload",
-        description="Sends a run's records to MLflow: everything that is not there yet, each point once.",
+        description="Sends the records of a run, and of the runs below it, to MLflow: what is not there yet, each "
+        "point once. Runs that a killed command left RUNNING are ended.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a run's directory, with records.jsonl in it")
     parser.add_argument(
@@ -30,11 +31,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _upload(args: Namespace) -> int:
-    from klray.tracking.mlflow_upload import upload
+    from klray.tracking.stale import upload_all
     from klray.tracking.state import TrackingError, load_state, redact
 
     try:
-        count = upload(args.run_dir, args.tracking_uri)
+        count = upload_all(args.run_dir, args.tracking_uri)
         state = load_state(args.run_dir)
     except OSError as error:
         raise TrackingError(str(error)) from error

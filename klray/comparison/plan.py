@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from klray.comparison.arms import Arm
+from klray.comparison.results import METRIC
 from klray.config import Config, ConfigError, override
+from klray.tracking.view import View
 
 LOOKS = 24  # divisible by most M, so that an arm's end falls on a look of the baseline's on every axis
 TUNING_SEED = 1000  # beyond the seeds that results are made of
@@ -55,6 +58,17 @@ class PlannedRun:
         """A folder's name."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", self.arm)
         return f"{slug}-lr{self.config.optimizer.lr:.4g}-seed{self.config.seed}"
+
+
+def view_of(arms: Collection[Arm]) -> View:
+    """How MLflow's pages show the arms' runs."""
+    names, changed = [arm.name for arm in arms], dict.fromkeys(key for arm in arms for key, _ in arm.changes)
+    return View(
+        heading=f"{' against '.join(names)}, each at learning rates of its own.",
+        params=[*changed, "optimizer.lr"],
+        metrics=[METRIC],
+        tags=["klray.arm", "klray.stage"],
+    )
 
 
 def planned(arm: Arm, config: Config, rate: float, stage: str, seed: int) -> PlannedRun:

@@ -17,7 +17,8 @@ from PIL import Image
 
 from klray.evaluation.figures import overview_figure, quality_figure
 from klray.evaluation.scores import metric_name
-from klray.runs.records import RecordWriter
+from klray.runs.records import RecordWriter, status_after
+from klray.runs.run_dir import locked
 from klray.tracking.mlflow_upload import Uploader
 
 Row = dict[str, Any]
@@ -27,8 +28,8 @@ RESULT = "result.json"
 class EvaluationRun:
     """EVALUATION/cells/<cell>/result.json with its picture, and over all cells table.csv, quality.png, samples.png.
 
-    A context manager, within which cells are added. Cells accumulate: the folder stands for a model, images and
-    metrics, and later cells join the same table.
+    A context manager, within which cells are added, by one process at a time. Cells accumulate: the folder stands for a
+    model, images and metrics, and later cells join the same table.
 
     Args:
         folder: of this evaluation.
@@ -54,7 +55,8 @@ class EvaluationRun:
 
     def __enter__(self) -> EvaluationRun:
         self._stack = ExitStack()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        taken = f"{self.folder.name} is being measured by another process; wait, or give another --out"
+        self._stack.enter_context(locked(self.folder, taken))
         self._upload = self._stack.enter_context(self._uploader(self.folder, self.folder.name, self.parent_dir))
         self._writer = self._stack.enter_context(RecordWriter(self.folder))
         self._writer.status("RUNNING")
@@ -65,7 +67,7 @@ class EvaluationRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._writer.status("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+            self._writer.status(status_after(kind))
         self._stack.close()
 
     def has(self, sampling: Mapping[str, Any]) -> bool:
@@ -82,14 +84,16 @@ class EvaluationRun:
         cell = self._cell(sampling)
         cell.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(cell / "samples.png")
-        # Runs nest in one that exists; without it the cell's records wait for klray.upload.
-        patience = 20.0 if self._upload.run_id(timeout=20.0) else 1.0
-        with self._uploader(cell, cell.name, self.folder, patience), RecordWriter(cell) as writer:
+        with RecordWriter(cell) as writer:
             writer.params({**self.about, **{f"sampling.{key}": value for key, value in sampling.items()}})
             writer.params({"sampling.nfe": row["nfe"], "network_evals": row["network_evals"]})
             writer.metrics(self.step, self._named(row))
             writer.image("samples", picture, self.step)
             writer.status("FINISHED")
+        # Runs nest in one that exists; without it the cell's records wait for klray.upload.
+        patience = 20.0 if self._upload.run_id(timeout=20.0) else 1.0
+        with self._uploader(cell, cell.name, self.folder, patience):
+            pass  # all at once, so that a cell is never left RUNNING
         aside = cell / f".{RESULT}"
         aside.write_text(json.dumps({**row, "step": self.step, "metrics": self._named(row)}, indent=1))
         aside.replace(cell / RESULT)

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from klray.errors import StoppedError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -147,6 +149,11 @@ class RecordWriter:
             # The next record would continue the torn line, and both would be unreadable.
             self._file.truncate(os.fstat(self._file.fileno()).st_size - (written or 0))
             raise OSError(errno.ENOSPC, "a record does not fit on the disk", str(self.run_dir / RECORDS_FILE))
+
+
+def status_after(error: type[BaseException]) -> str:
+    """The status of a run that an error ends: KILLED where somebody asked for it; Ray answers Ctrl-C with sys.exit."""
+    return "KILLED" if issubclass(error, (KeyboardInterrupt, SystemExit, StoppedError)) else "FAILED"
 
 
 def read_records(run_dir: Path | str, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:

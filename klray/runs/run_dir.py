@@ -97,6 +97,18 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
         yield
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process holds FOLDER/lock."""
+    try:
+        with (folder / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none
+        pass
+    return False
+
+
 def _refuse_other(name: str, config: Config, kept: dict[str, Any]) -> None:
     old = saved_config(kept)
     before, now = flatten(old.identity()), flatten(config.identity())

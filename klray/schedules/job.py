@@ -73,6 +73,11 @@ class Ld3Job:
     workers: int | None
     measuring: Measuring | None
 
+    @property
+    def folder(self) -> Path:
+        """Of the pool."""
+        return self.home / "ld3" / (self.name or self.ask.name(self.model.fingerprint))
+
     def plan(self) -> tuple[list[Job], list[str]]:
         """The jobs that are still to be learned, and in words those whose schedule was learned with other settings."""
         missing, other = [], []
@@ -105,7 +110,7 @@ class Ld3Job:
         state = load_state(self.home)
         asked = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or (state.uri if state else None)
         uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
-        name = self.name or self.ask.name(self.model.fingerprint)
+        name = self.folder.name
         experiment = state.experiment if state else name
         parent = self.home if state is not None and state.uri == uri else None
         failures: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from klray.cluster.connect import cluster_size, cpu_share, free_in_words
 from klray.cluster.places import free_orphans, wait_until_free
 from klray.evaluation.job import Features
-from klray.runs.records import RecordWriter
+from klray.runs.records import RECORDS_FILE, RecordWriter
 from klray.study.scores import study_reference
 from klray.study.search import ERROR, FINISHED, StudySearch, trial_name
 from klray.study.space import Space
 from klray.study.trial import Plan, run_trial
+from klray.tracking.note import run_note
+from klray.tracking.state import NOTE_TAG, STATE_TAG
 from klray.training.job import SharedImages, runs_at_once
 
 _DEATHS = 3  # of a trial's process, before the trial counts as failed
@@ -161,17 +164,35 @@ class _Watcher(tune.Callback):
         self, iteration: int, trials: Sequence[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
         event = "finished" if FINISHED in result else "failed" if ERROR in result else "running"
-        self._watch(event, trial.config["number"], result)
+        number = trial.config["number"]
+        if event == "finished":
+            whole = all(math.isfinite(value) for value in result[FINISHED])
+            self._ended(trial, "complete" if whole else "diverged")
+        elif event == "failed":
+            self._ended(trial, "failed")
+        self._watch(event, number, result)
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         if not {FINISHED, ERROR} & (trial.last_result or {}).keys():
             number = trial.config["number"]
             with RecordWriter(self._folder / "trials" / trial_name(self._space, number, 0)) as writer:
                 writer.status("KILLED")
+            self._ended(trial, "pruned")
             self._watch("pruned", number, trial.last_result or {})
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        self._ended(trial, "failed")
         self._watch("failed", trial.config["number"], {ERROR: _last_line(trial)})
+
+    def _ended(self, trial: Any, state: str) -> None:
+        """Tells the records of a trial's runs what became of it."""
+        told = trial.config
+        for seed in range(self._space.seeds):
+            run_dir = self._folder / "trials" / trial_name(self._space, told["number"], seed)
+            if (run_dir / RECORDS_FILE).exists():
+                config = self._space.config(told["chosen"], told["repeat"] * self._space.seeds + seed)
+                with RecordWriter(run_dir) as writer:
+                    writer.tags({STATE_TAG: state, NOTE_TAG: run_note(config, run_dir)})
 
 
 def _last_line(trial: Any) -> str:

@@ -17,6 +17,7 @@ from klray.runs.records import history
 from klray.statistics import half_width
 from klray.study.search import DIVERGED, latest, number_of, open_study, stored, trial_name
 from klray.study.space import Space
+from klray.tracking.view import View
 
 COSTS = ("images_seen", "network_evals", "seconds")
 
@@ -48,6 +49,25 @@ def collect(space: Space, folder: Path) -> list[TrialRow]:
     """The rows of all trials that were begun, in their order."""
     with stored(folder):
         return [_row(space, folder, trial) for trial in latest(open_study(space, folder))]
+
+
+def goes_on(space: Space, folder: Path, retry_failed: bool) -> str | None:
+    """What an earlier command did of the study, in one line; None where there was none."""
+    rows = collect(space, folder) if (folder / "optuna.db").exists() else []
+    if not rows:
+        return None
+    failed = [row for row in rows if row.state == "failed"]
+    unfinished = [row for row in rows if row.state == "running"] + (failed if retry_failed else [])
+    kept = sum(any(folder.glob(f"trials/{row.number:04d}*/checkpoints/checkpoint_*")) for row in unfinished)
+    finished = len(rows) - len(failed) - sum(row.state == "running" for row in rows)
+    parts = [f"{finished} of {space.trials} trials {_are(finished)} finished"]
+    parts += [f"{len(failed)} failed"] if failed and not retry_failed else []
+    parts += [f"{kept} {'goes' if kept == 1 else 'go'} on from a checkpoint"] if kept else []
+    anew = len(unfinished) - kept
+    parts += [f"{anew} {'starts' if anew == 1 else 'start'} anew"] if anew else []
+    left = space.trials - len(rows)
+    parts += [f"{left} {_are(left)} to come"] if left > 0 else []
+    return f"goes on: {', '.join(parts)}"
 
 
 def ranking(space: Space, rows: Sequence[TrialRow]) -> list[TrialRow]:
@@ -89,6 +109,16 @@ def table(space: Space, rows: Sequence[TrialRow]) -> str:
     return columns(lines)
 
 
+def view_of(space: Space) -> View:
+    """How MLflow's pages show the trials."""
+    return View(
+        heading=space.question,
+        params=space.shown,
+        metrics=[objective.metric for objective in space.objectives],
+        ascending=space.objectives[0].direction == "minimize",
+    )
+
+
 def train_command(space: Space, row: TrialRow) -> str:
     """A trial's setting as a command that trains it again, with its budget to be raised."""
     config = space.config(row.chosen, row.repeat * space.seeds)
@@ -124,6 +154,10 @@ def _state(trial: FrozenTrial) -> str:
         return "diverged"
     names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
     return names.get(trial.state, "running")
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _short(value: Any) -> str:

@@ -19,12 +19,12 @@ from klray.evaluation.job import Features
 from klray.parallel.mesh import resolve_mesh
 from klray.runs.progress import finished
 from klray.runs.provenance import provenance_of
-from klray.runs.records import history
+from klray.runs.records import RecordWriter, history
 from klray.runs.run_dir import open_run
 from klray.study.scores import score_run
 from klray.study.search import ERROR, FINISHED, PERCENT, trial_name
 from klray.study.space import Objective, Space
-from klray.tracking.state import TITLE_TAG
+from klray.tracking.state import STATE_TAG, TITLE_TAG
 from klray.training.initialise import checked_start
 from klray.training.job import DivergedError, SharedImages, run_on_ray, train_in_worker
 
@@ -49,7 +49,10 @@ def objective_value(objective: Objective, config: Config, run_dir: Path, plan: P
     """What a finished run is worth: the last value of its metric, a score of its images, or the cost of an image."""
     if objective.metric == "network_evals_per_image":
         calls = 1 if config.network.architecture == "wide" else build_process(config).num_terms
-        return float(build_sampler(config.sampling).nfe * calls)
+        cost = float(build_sampler(config.sampling).nfe * calls)
+        with RecordWriter(run_dir) as writer:
+            writer.metrics(int(history(run_dir)["images_seen"][-1][1]), {objective.metric: cost})
+        return cost
     if objective.score is not None:
         cpus = None if plan.inline else plan.cpus_per_worker
         return score_run(config, run_dir, plan.images, plan.features, cpus)[objective.score]
@@ -88,7 +91,7 @@ def _measure(plan: Plan, number: int, chosen: dict[str, Any], repeat: int) -> li
 
 def _train(plan: Plan, config: Config, name: str, title: str, run_dir: Path, *, first: bool) -> bool:
     """Trains one seed; False where it diverged. Only the first seed's course is shown to the scheduler."""
-    provenance = {**provenance_of(config, name, run_dir), "klray.kind": "trial", TITLE_TAG: title}
+    provenance = {**provenance_of(config, name, run_dir), "klray.kind": "trial", TITLE_TAG: title, STATE_TAG: "running"}
     mesh_shape = resolve_mesh(
         plan.workers,
         data=config.mesh.data,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from klray.runs.records import RECORDS_FILE
 from klray.tracking.mlflow_client import brief
 from klray.tracking.mlflow_send import Sender
-from klray.tracking.state import UploadState, redact
+from klray.tracking.state import UploadState, load_state, redact
 
 EVALUATION = "evaluation"  # the folder of a trial's own evaluation
 
@@ -26,10 +27,14 @@ class StudyUploads:
         folder: of the study, whose own run is sent by somebody else.
         uri, experiment: where to; None for no MLflow.
         interval: seconds between two rounds.
+        stale: further runs below, whose records were ended for a command that was killed.
     """
 
-    def __init__(self, folder: Path, uri: str | None, experiment: str, interval: float = 5.0) -> None:
+    def __init__(
+        self, folder: Path, uri: str | None, experiment: str, interval: float = 5.0, stale: Sequence[Path] = ()
+    ) -> None:
         self.folder, self.uri, self.experiment, self.interval = folder, uri, experiment, interval
+        self._stale = [run_dir for run_dir in stale if _sent_to(run_dir, uri)]
         self._senders: dict[Path, Sender] = {}
         self._sizes: dict[Path, int] = {}
         self._stop = threading.Event()
@@ -57,8 +62,10 @@ class StudyUploads:
         files = [
             *self.folder.glob(f"trials/*/{RECORDS_FILE}"),
             *self.folder.glob(f"trials/*/{EVALUATION}/{RECORDS_FILE}"),
+            *(run_dir / RECORDS_FILE for run_dir in self._stale),
         ]
-        for file in sorted(files, key=lambda file: (len(file.parts), file)):  # a parent's run before its children's
+        # A parent's run before its children's.
+        for file in sorted(set(files), key=lambda file: (len(file.parts), file)):
             run_dir, size = file.parent, file.stat().st_size
             if self._sizes.get(run_dir) == size:
                 continue
@@ -77,7 +84,13 @@ class StudyUploads:
             name, parent = run_dir.name, "../.."
             if name == EVALUATION:
                 name, parent = f"{run_dir.parent.name}-{EVALUATION}", ".."
-            state = UploadState(str(self.uri), self.experiment, name, parent_dir=parent).continued(run_dir)
+            kept = load_state(run_dir) if run_dir in self._stale else None
+            state = kept or UploadState(str(self.uri), self.experiment, name, parent_dir=parent).continued(run_dir)
             state.save(run_dir)
             self._senders[run_dir] = Sender(run_dir, state)
         return self._senders[run_dir]
+
+
+def _sent_to(run_dir: Path, uri: str | None) -> bool:
+    state = load_state(run_dir)
+    return state is not None and state.uri == uri

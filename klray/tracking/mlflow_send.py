@@ -11,6 +11,7 @@ from typing import Any
 from klray.runs.records import RECORDS_FILE, read_records
 from klray.tracking.mlflow_client import brief, experiment_id, open_client
 from klray.tracking.state import TITLE_TAG, TrackingError, UploadState, load_state
+from klray.tracking.view import View, publish
 
 logger = logging.getLogger("klray.tracking")
 
@@ -55,17 +56,29 @@ class Sender:
 
     def _find_or_create_run(self) -> None:
         state = self.state
-        if state.run_id is None or not self._is_active(state.run_id):
+        run = None if state.run_id is None else self._active(state.run_id)
+        if run is None:
             experiment = experiment_id(self._client, state.uri, state.experiment)
             found = self._client.search_runs([experiment], f"tags.`{RUN_KEY_TAG}` = '{state.run_key}'", max_results=1)
             run = found[0] if found else self._create_run(experiment)
             state.run_id, state.offset, state.artifact_offset = run.info.run_id, 0, 0
-            state.save(self.run_dir)
+        if state.view is not None:
+            self._publish(View(**state.view), run)
+        state.experiment_id = run.info.experiment_id
+        state.save(self.run_dir)
         path = self.run_dir / RECORDS_FILE
         if max(state.offset, state.artifact_offset) > (path.stat().st_size if path.exists() else 0):
             state.offset = state.artifact_offset = 0
         self._run_checked = True
         self.run_exists.set()
+
+    def _publish(self, view: View, run: Any) -> None:
+        try:
+            publish(self._client, view, run, self.state.run_key)
+        except Exception as error:
+            if not _is_refused(error):
+                raise
+            logger.warning("%s: MLflow does not take the view of its runs: %s", self.run_dir, brief(error))
 
     def _create_run(self, experiment: str) -> Any:
         state = self.state
@@ -82,15 +95,17 @@ class Sender:
         start = first[0].get("time_ms") if first else None
         return self._client.create_run(experiment, start_time=start, tags=tags, run_name=state.run_name)
 
-    def _is_active(self, run_id: str) -> bool:
+    def _active(self, run_id: str) -> Any:
+        """The run; None where it is deleted."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+            run = self._client.get_run(run_id)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
+                return None
             raise
+        return run if run.info.lifecycle_stage == "active" else None
 
     def _send_values(self) -> int:
         """Metrics, parameters, tags and the status."""
@@ -128,7 +143,7 @@ class Sender:
         try:
             self._client.log_batch(self.state.run_id, synchronous=True, **batch)  # splits at MLflow's limits
         except Exception as error:
-            if not _is_refused(error) or not self._is_active(str(self.state.run_id)):
+            if not _is_refused(error) or self._active(str(self.state.run_id)) is None:
                 raise
             if len(items) == 1:
                 logger.warning("%s: MLflow does not take %r: %s", self.run_dir, items[0].key, brief(error))

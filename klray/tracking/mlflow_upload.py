@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from klray.runs.records import end_of_records, read_records
 from klray.tracking.mlflow_client import brief, prepare
 from klray.tracking.mlflow_send import Sender
 from klray.tracking.state import TrackingError, UploadState, load_state, redact, resolve_uri
+from klray.tracking.view import View
 
 __all__ = ["TrackingError", "Uploader", "prepare", "resolve_uri", "upload"]
 
@@ -39,7 +40,9 @@ class Uploader:
         experiment, run_name, tags: what the MLflow run is created with. A restarted command continues it.
         parent_run_id, parent_dir: the MLflow run to nest it in: by id, or by the directory of that run, which also
             works when MLflow could not be reached so far.
+        view: how MLflow's pages show the runs that are nested in this one.
         on_record: called with every record that is written from now on, whether MLflow answers or not.
+        on_sent: called once, when MLflow has the run and its first records.
         interval: seconds between two looks at the file.
 
     Raises:
@@ -56,12 +59,15 @@ class Uploader:
         parent_run_id: str | None = None,
         *,
         parent_dir: Path | str | None = None,
+        view: View | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
+        on_sent: Callable[[UploadState], None] | None = None,
         interval: float = 2.0,
         close_timeout: float = 20.0,
     ) -> None:
         self.run_dir = Path(run_dir).resolve()
-        self._on_record, self._interval, self._close_timeout = on_record, interval, close_timeout
+        self._on_record, self._on_sent = on_record, on_sent
+        self._interval, self._close_timeout = interval, close_timeout
         self._deadline = float("inf")
         self._stop = threading.Event()
         self._everything_sent = False
@@ -76,6 +82,7 @@ class Uploader:
                 tags=dict(tags or {}),
                 parent_run_id=parent_run_id,
                 parent_dir=parent,
+                view=None if view is None else asdict(view),
             )
             self._sender = Sender(self.run_dir, state, cancelled=lambda: time.monotonic() > self._deadline)
 
@@ -149,6 +156,9 @@ class Uploader:
                 if failing:
                     logger.warning("MLflow at %s takes the records of %s again", uri, self.run_dir)
                 failing, wait = False, self._interval
+                if self._on_sent is not None:
+                    self._on_sent(sender.state)
+                    self._on_sent = None
                 if last:
                     self._everything_sent = time.monotonic() <= self._deadline
                     return

@@ -8,11 +8,14 @@ import re
 import uuid
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from klray.errors import UserError
 
 STATE_FILE = "mlflow.json"
 TITLE_TAG = "klray.title"  # how MLflow shows a run, where its folder's name says less
+STATE_TAG = "klray.state"  # what became of a trial: complete, pruned, failed or diverged; running until then
+NOTE_TAG = "mlflow.note.content"  # the text on a run's page
 
 
 class TrackingError(UserError):
@@ -29,7 +32,8 @@ class UploadState:
             one), whose MLflow run may not exist yet.
         run_key: names this directory at every server (tag klray.run_key), so that a run whose creation was not
             answered, or that was sent to another server meanwhile, is found again and not made twice.
-        run_id: None until the run exists.
+        view: how MLflow's pages show the runs below this one, as ``View`` keeps it; None for no such view.
+        run_id, experiment_id: None until the run exists.
         offset, artifact_offset: bytes of records.jsonl that are sent. Files have their own, since an artifact store
             that refuses them must not hold up the numbers.
     """
@@ -41,7 +45,9 @@ class UploadState:
     parent_run_id: str | None = None
     parent_dir: str | None = None
     run_key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    view: dict[str, Any] | None = None
     run_id: str | None = None
+    experiment_id: str | None = None
     offset: int = 0
     artifact_offset: int = 0
 
@@ -52,9 +58,8 @@ class UploadState:
             return self
         if (kept.uri, kept.experiment) != (self.uri, self.experiment):
             return replace(self, run_key=kept.run_key)
-        return replace(
-            self, run_key=kept.run_key, run_id=kept.run_id, offset=kept.offset, artifact_offset=kept.artifact_offset
-        )
+        known = ("run_key", "run_id", "experiment_id", "offset", "artifact_offset")
+        return replace(self, **{name: getattr(kept, name) for name in known})
 
     def save(self, run_dir: Path) -> None:
         """Writes RUN_DIR/mlflow.json aside and renames it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from klray.config import Evaluation
 from klray.evaluation.record import RESULT
 
 FOLDER = Path("evaluations") / "during_training"
+_PATIENCE_S = 30  # with an evaluation that is to stop
 
 
 class SnapshotEvaluator:
@@ -54,8 +56,13 @@ class SnapshotEvaluator:
             self._last_round.set()
             self._thread.join()
         self._stop.set()
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGINT)  # so that it ends its record
+            try:
+                process.wait(_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
     def _snapshots(self) -> list[Path]:
         return sorted(set((self.run_dir / "snapshots").glob("snapshot_*")) - self._failed)
@@ -85,7 +92,12 @@ class SnapshotEvaluator:
         with log.open("a") as output:
             # Training and its seconds come first where both share the cores.
             self._process = subprocess.Popen(
-                ["nice", "-n", "19", *command], stdout=output, stderr=subprocess.STDOUT, env=environment, text=True
+                ["nice", "-n", "19", *command],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                text=True,
+                start_new_session=True,  # a terminal's Ctrl-C reaches it once: from ``__exit__``
             )
             status = self._process.wait()
         if status == 0:

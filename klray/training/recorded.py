@@ -15,13 +15,13 @@ import torch
 from klray.build import build_network
 from klray.config import Config
 from klray.data.sources import ImageData
-from klray.errors import StoppedError
 from klray.parallel.mesh import Mesh
 from klray.runs.progress import budget_used
-from klray.runs.records import RecordWriter
+from klray.runs.records import RecordWriter, status_after
 from klray.runs.run_dir import Turn
 from klray.runs.train_state import Progress
-from klray.tracking.state import load_state
+from klray.tracking.note import run_note
+from klray.tracking.state import NOTE_TAG, load_state
 from klray.training.cost import cost_of
 from klray.training.evaluate_during import new_scores
 from klray.training.loop import train
@@ -57,6 +57,7 @@ def train_and_record(
             writer.params(config.flat() | {"mesh.data": mesh.data_size, "mesh.basis": mesh.basis_size})
             writer.params(cost)
             writer.tags(provenance)
+            writer.tags({NOTE_TAG: run_note(config, run_dir)})
             if (run_dir / "run.json").exists():
                 writer.artifact(run_dir / "run.json")  # the resolved configuration
 
@@ -99,10 +100,11 @@ def train_and_record(
             )
             status = "FINISHED"
         except BaseException as error:
-            status = "KILLED" if isinstance(error, (KeyboardInterrupt, StoppedError)) else "FAILED"
+            status = status_after(type(error))
             raise
         finally:
             if writer is not None and turn is not None and not turn.lost():
+                writer.tags({NOTE_TAG: run_note(config, run_dir)})
                 writer.status(status)
     return progress
 

@@ -645,12 +645,14 @@ def test_sde_dpm_solver_pp(num_steps: int) -> None:
         shown.append(x)
         x = scheduler.step(noise_estimate(schedule, x, t), index, x, variance_noise=fresh[i]).prev_sample
     for a, b in zip(mine, [*shown, x], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "options"), [("ddim", {"eta": 1.0}), ("sde_dpm_solver_pp_2m", {})])
-def test_random_solvers_keep_the_law_of_gaussian_data(name: str, options: dict[str, float]) -> None:
-    """x_0 ~ N(0, 0.5^2), whose denoiser is exact: many steps draw it, each run with other noise, to four errors."""
+@pytest.mark.parametrize(
+    ("name", "options", "num_steps"), [("ddim", {"eta": 1.0}, 1000), ("sde_dpm_solver_pp_2m", {}, 100)]
+)
+def test_random_solvers_keep_the_law_of_gaussian_data(name: str, options: dict[str, float], num_steps: int) -> None:
+    """x_0 ~ N(0, 0.5^2), whose denoiser is exact: so many steps draw it to 2 % and four standard errors."""
     schedule, count = VPLinear(), 20_000
 
     def exact(x: Tensor, t: Tensor) -> Tensor:
@@ -662,7 +664,8 @@ def test_random_solvers_keep_the_law_of_gaussian_data(name: str, options: dict[s
     def fresh(i: int) -> Tensor:
         return torch.randn(count, 1, dtype=torch.float64, generator=generator)
 
-    drawn = SOLVERS[name].sample(exact, schedule, fresh(0), TIMESTEPS["logsnr"](schedule, 100), noise=fresh, **options)
+    grid = TIMESTEPS["logsnr"](schedule, num_steps)
+    drawn = SOLVERS[name].sample(exact, schedule, fresh(0), grid, noise=fresh, **options)
     ending = schedule.alpha(torch.tensor(1e-3).double()) ** 2 * 0.25 + schedule.sigma(torch.tensor(1e-3).double()) ** 2
     error = float(ending) * (2 / count) ** 0.5
     assert abs(float(drawn.var()) - float(ending)) < 4 * error + 0.02 * float(ending)

@@ -220,6 +220,7 @@ def test_a_killed_driver_loses_no_trial_and_repeats_none(tmp_path: Path) -> None
     kept = (folder / "trials" / "0000" / "records.jsonl").read_bytes()
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert "goes on: 1 of 3 trials is finished, 1 goes on from a checkpoint, 1 is to come" in again.stdout
     after = trials_of(folder)
     assert [t.state for t in after] == [TrialState.COMPLETE] * 3
     assert [t.user_attrs["chosen"] for t in after[:2]] == [t.user_attrs["chosen"] for t in before]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,7 @@ class Study:
     experiment: str
     run_id: str
     trials: list[Any]  # MLflow's runs, in their order
+    printed: str  # by klray.tune
 
     def numbers(self, key: str) -> list[float]:
         """Of every trial, a setting or the score."""
@@ -71,7 +73,8 @@ def run_study(folder: Path, uri: str) -> Study:
     runs = client.search_runs([experiment.experiment_id])
     (top,) = [run for run in runs if run.data.tags["klray.kind"] == "study"]
     trials = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == top.info.run_id]
-    return Study(uri, experiment.experiment_id, top.info.run_id, sorted(trials, key=lambda run: run.info.start_time))
+    trials = sorted(trials, key=lambda run: run.info.start_time)
+    return Study(uri, experiment.experiment_id, top.info.run_id, trials, result.stdout)
 
 
 class Pages:
@@ -253,3 +256,61 @@ def test_two_settings_and_the_score_as_contours(study: Study, compared: Pages, t
             assert compared.plotted(0, axis) == study.numbers(shown)
     compared.wait.until(lambda b: compared.coloured() > 0.1, "contours must be filled")
     keep(compared, tmp_path / "contour.png")
+
+
+SHOWN = [f"params.`{key}`" for key in (TERMS, LR, GRID)]
+SHOWN += [f"metrics.`{SCORE}`", "metrics.`budget_used`", "tags.`klray.state`"]
+
+
+def attributes(pages: Pages, selector: str, name: str, axis: str) -> list[str]:
+    """Of the elements, as they lie along an axis."""
+    script = "return [...document.querySelectorAll(arguments[0])]"
+    script += ".map(e => [e.getBoundingClientRect()[arguments[2]], e.getAttribute(arguments[1])])"
+    return [value for _, value in sorted(pages.browser.execute_script(script, selector, name, axis))]
+
+
+def test_the_printed_link_opens_the_trials_by_what_varies(study: Study, pages: Pages, tmp_path: Path) -> None:
+    """Told when the study starts and when it ends; of fifty settings those that vary, and the best trial first."""
+    links = re.findall(rf"^MLflow +({re.escape(study.uri)}/#\S+)$", study.printed, re.MULTILINE)
+    assert len(links) == 2
+    assert study.printed.index(links[0]) < study.printed.index("trial 0 starts")
+    assert links[0] == links[1]
+    pages.browser.get("about:blank")
+    pages.open(links[0], "Training runs")
+    best = sorted(study.trials, key=lambda run: run.data.metrics[SCORE])
+    for run in best:
+        pages.find(f"//*[@row-id='{run.info.run_id}']")
+    rows = attributes(pages, ".ag-pinned-left-cols-container [role=row]", "row-id", "y")
+    assert rows == [run.info.run_id for run in best]
+    columns = attributes(pages, ".ag-header-viewport .ag-header-cell[col-id]", "col-id", "x")
+    assert columns == [*SHOWN, "duration"]  # which MLflow always shows
+    assert len(best[0].data.params) > 50
+    keep(pages, tmp_path / "trials.png")
+
+
+def test_the_study_s_note_leads_to_a_chart_of_its_trials(study: Study, pages: Pages, tmp_path: Path) -> None:
+    pages.open(f"{study.uri}/#/experiments/{study.experiment}/runs/{study.run_id}", "study")
+    pages.find("//*[normalize-space()='Does it work?']")
+    table, chart = (
+        pages.find(f"//a[.='{name}']").get_attribute("href") for name in ("The runs, the best first", "Chart")
+    )
+    assert table in study.printed
+    pages.browser.get("about:blank")
+    pages.open(chart, "Training runs")
+    axes = "return [...document.querySelectorAll('.parcoords .dimension text.label')].map(e => e.textContent)"
+    shown = [TERMS, LR, GRID, SCORE]
+    pages.wait.until(lambda b: b.execute_script(axes) == shown, f"the axes must be {shown}")
+    keep(pages, tmp_path / "trials_chart.png")
+
+
+def test_a_trial_s_page_begins_with_its_score_and_settings(study: Study, pages: Pages, tmp_path: Path) -> None:
+    run = study.trials[0]
+    rows = dict(re.findall(r"^\| (.+) \| (.+) \|$", run.data.tags["mlflow.note.content"], re.MULTILINE))
+    assert rows[SCORE] == f"{run.data.metrics[SCORE]:.5g}"
+    assert rows["budget"] == f"{run.data.metrics['budget_used']:.0%} of 640 network_evals"
+    assert rows["varied"] == run.info.run_name
+    assert {key: rows[key] for key in (TERMS, LR)} == {key: run.data.params[key] for key in (TERMS, LR)}
+    assert len(rows) < 20
+    pages.open(f"{study.uri}/#/experiments/{study.experiment}/runs/{run.info.run_id}", run.info.run_name)
+    pages.find(f"//th[normalize-space()='{SCORE}']/following-sibling::th[normalize-space()='{rows[SCORE]}']")
+    keep(pages, tmp_path / "trial.png")
