@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from klray import __version__
+import klray
 from klray.cli import Parser
 
 COMMANDS = {
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     width = max(map(len, COMMANDS))
     told = "\n".join(f"  {name:{width}}  {does}" for name, does in COMMANDS.items())
     parser = Parser(prog="klray", usage="klray COMMAND ...; klray COMMAND --help", epilog=None)
-    parser.add_argument("--version", action="version", version=f"klray {__version__}")
+    parser.add_argument("--version", action="version", version=f"klray {klray.__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"of\n{told}")
     if argv and argv[0] in COMMANDS:
         if argv[0] == "list":

@@ -30,7 +30,6 @@ class Meter:
     ) -> None:
         self.config, self.state, self.mesh, self.device = config, state, mesh, device
         self.first = True
-        self.peak_gib = 0.0  # the most that training itself has taken so far
         self.losses = [torch.tensor(loss, device=device) for loss in losses]
         self.mark = (state.progress.images_seen, state.progress.network_evals, state.progress.seconds)
         self.began = 0.0
@@ -79,8 +78,6 @@ class Meter:
                 f"{in_a_row:.0f} steps in a row had a non-finite gradient, up to step {progress.step}; "
                 "lower optimizer.lr or set precision.amp=off. The last checkpoint is from before."
             )
-        # A graph that is replayed allocates nothing: what it holds was seen when it was captured.
-        self.peak_gib = max(self.peak_gib, *take_peak(self.device).values())
         now = (progress.images_seen, progress.network_evals, progress.seconds)
         images, evals, elapsed = (b - a for a, b in zip(self.mark, now, strict=True))
         if not images:
@@ -96,7 +93,7 @@ class Meter:
             "perf/network_evals_per_s": evals / elapsed,
             "perf/data_wait": step.data_seconds / elapsed,
             "perf/workers": float(self.mesh.size),
-            "perf/memory_gib": self.peak_gib,
+            **take_peak(self.device),
         }
         step.data_seconds = 0.0
         return metrics

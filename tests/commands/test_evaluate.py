@@ -76,7 +76,7 @@ MISTAKES = {
     ("--nfe", "100000000"): "sampling.nfe must be less than or equal to 10000, got 100000000",
     ("--option", "variant"): "--option takes KEY=VALUE, got 'variant'",
     ("--option", "variant=bh3", "--solver", "unipc_2"): "variant must be bh1 or bh2, got 'bh3'",
-    ("--option", "variant=bh1", "--solver", "ddim"): "sampling.options of ddim are convert_with, got 'variant'",
+    ("--option", "variant=bh1", "--solver", "ddim"): "sampling.options of ddim are convert_with, eta, got 'variant'",
 }
 
 
