@@ -24,7 +24,6 @@ from klray.runs.train_state import Progress, TrainState, ema_network, new_state
 from klray.sampling.draw import image_grid, sample_images
 from klray.training.initialise import initialise
 from klray.training.meter import Meter
-from klray.training.peak_memory import take_peak
 from klray.training.profile import StepProfiler
 from klray.training.step import TrainStep, call_size
 from klray.training.stop import MovedError, Request, agreed
@@ -93,10 +92,10 @@ def train(
             request = Request.NONE if done else agreed(asked(), mesh, device, reporting=reporting)
             if due["validation"]:
                 errors = validate(config, process, ema_network(state), held_out, mesh, device)
-                report(progress, {**errors, **take_peak(device, "validation")}, {})
+                report(progress, {**errors, **meter.memory.take("validation")}, {})
             if due["sampling"]:
                 grid = _sample_grid(config, state, data, mesh, device)
-                report(progress, take_peak(device, "sampling"), grid)
+                report(progress, meter.memory.take("sampling"), grid)
             if due["evaluation"] and mesh.rank == 0:
                 save_snapshot(run_dir, state, config)  # another process evaluates it; nobody waits
             if due["checkpoint"] or request:

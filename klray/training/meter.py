@@ -11,7 +11,7 @@ from klray.config import Config
 from klray.errors import RunError
 from klray.parallel.mesh import Mesh
 from klray.runs.train_state import TrainState
-from klray.training.peak_memory import take_peak
+from klray.training.peak_memory import PeakMemory
 from klray.training.step import TrainStep
 
 
@@ -29,6 +29,7 @@ class Meter:
         self, config: Config, state: TrainState, mesh: Mesh, device: torch.device, losses: Iterable[float] = ()
     ) -> None:
         self.config, self.state, self.mesh, self.device = config, state, mesh, device
+        self.memory = PeakMemory(device)
         self.first = True
         self.losses = [torch.tensor(loss, device=device) for loss in losses]
         self.mark = (state.progress.images_seen, state.progress.network_evals, state.progress.seconds)
@@ -93,7 +94,7 @@ class Meter:
             "perf/network_evals_per_s": evals / elapsed,
             "perf/data_wait": step.data_seconds / elapsed,
             "perf/workers": float(self.mesh.size),
-            **take_peak(self.device),
+            **self.memory.take(),
         }
         step.data_seconds = 0.0
         return metrics

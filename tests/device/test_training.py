@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from klray.config import Config, preset_names
+from klray.training.peak_memory import PeakMemory
 from tests.device.runs import Reported, moved, relative_error, shrunk, state_of, trained
 from tests.device.second_device import Counting
 
@@ -105,6 +106,19 @@ def test_the_network_in_few_kernels_learns_as_it_does_plain(tmp_path: Path, devi
         trained(config, tmp_path / fused, device)
         found[fused] = moved(config, tmp_path / fused)
     assert relative_error(found["on"], found["off"]) < 1e-3
+
+
+def test_a_part_that_asks_for_no_memory_again_keeps_its_peak(device: torch.device) -> None:
+    """As a step that is replayed; another part's memory is not its."""
+    memory = PeakMemory(device)
+    memory.take("before")
+    held = torch.zeros(2**20, dtype=torch.uint8, device=device)
+    del held
+    first = memory.take()["perf/memory_gib"]
+    held = torch.zeros(2**22, dtype=torch.uint8, device=device)
+    del held
+    assert memory.take("sampling")["perf/memory_gib.sampling"] - first == pytest.approx(3 * 2**20 / 2**30)
+    assert memory.take()["perf/memory_gib"] == first
 
 
 @pytest.mark.parametrize("case", STEPS)
