@@ -27,7 +27,6 @@ wheel: $(VENV)/installed
 
 # A broken link or reference fails.
 docs: $(VENV)/installed-test
-	$(BIN)/python docs/settings.py
 	$(BIN)/zensical build --strict --clean
 
 lint: $(VENV)/installed-test
