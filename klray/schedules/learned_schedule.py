@@ -12,8 +12,9 @@ from torch import Tensor
 from klray import registry
 from klray.core.denoiser import Denoiser
 from klray.core.finish import solve
-from klray.core.schedule import Schedule
+from klray.core.schedule import Schedule, VPLinear
 from klray.core.solver_parameters import SolverParameters
+from klray.core.solvers import Solver
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,26 @@ class LearnedSchedule:
 
     def sample(self, denoiser: Denoiser, schedule: Schedule, noise: Tensor) -> Tensor:
         """Unit noise [B, C, H, W] -> images, finished as the fit's were."""
-        solver = registry.entry("solver", self.solver)
-        options = {**self.options, **solver.plan(self.nfe)[1]}
-        final = self.settings.get("final", "denoise")
+        solver, options, final = self._how()
         return solve(solver, denoiser, schedule, noise, self.parameters.to(noise.device), options=options, final=final)
+
+    def to_diffusers(self, schedule: Schedule | None = None, **config: Any) -> Any:
+        """A scheduler for diffusers' pipelines whose network is shown 1000 t - 1, as DDPMPipeline(unet, scheduler),
+        called with ``num_inference_steps`` = the NFE.
+
+        Args:
+            schedule: the model's noise levels; None: those of klray's VP models by default.
+            config: ``num_train_timesteps``, ``prediction_type``, as of diffusers' schedulers.
+        """
+        from klray.schedules.diffusers_scheduler import SolverScheduler
+
+        solver, options, final = self._how()
+        return SolverScheduler(**config).of(solver, self.parameters, schedule or VPLinear(), options, final)
+
+    def _how(self) -> tuple[Solver, dict[str, Any], str]:
+        """The solver, its keywords at this NFE, and what becomes of the noise that is left."""
+        solver: Solver = registry.entry("solver", self.solver)
+        return solver, {**self.options, **solver.plan(self.nfe)[1]}, self.settings.get("final", "denoise")
 
     def to_json(self) -> str:
         """As an object with a key for each attribute; floats keep every bit."""
