@@ -110,7 +110,7 @@ def _checked(arm: Arm, config: Config, workers: int) -> Config:
 
 def _description(args: Namespace, base: Config, arms: list[Arm]) -> dict[str, Any]:
     return {
-        "base": base.identity() | {"budget": base.budget.model_dump()},
+        "base": base.defining() | {"budget": base.budget.model_dump()},
         "baseline": arms[0].name,
         "arms": {arm.name: dict(arm.changes) for arm in arms},
         "rates": args.rates,

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from klray.core.solvers import Solver
 from klray.core.solvers.ddim import step
-from klray.core.solvers.path import Path
+from klray.core.solvers.trajectory import Trajectory
 from klray.schedules.fit_settings import FitSettings, Optimizers
 from klray.schedules.learners import Learner
 
@@ -38,7 +38,7 @@ def halves(share, *, times: int = 2):
 
 
 def sample(denoiser, schedule, x, timesteps, model_timesteps=None, *, damp: float = 1.0):
-    path = Path(denoiser, schedule, timesteps, model_timesteps, "net")
+    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, "net")
     for i in range(path.num_steps):
         x = step(path, x, damp * path.x0_hat(x, i), i)
     return x
