@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -70,9 +71,7 @@ def test_terms_against_quadrature(name: str, schedule: VPSchedule) -> None:
                 return float((schedule.beta(at).sqrt() / schedule.alpha(at) * BASES[name](at, terms)[:, m])[0])
 
             edges = [0.0, *(b for b in breaks_at(BASES[name], terms) if b < t), t]
-            parts = [
-                quad(integrand, a, b, epsabs=1e-12, epsrel=1e-11)[0] for a, b in zip(edges, edges[1:], strict=False)
-            ]
+            parts = [quad(integrand, a, b, epsabs=1e-12, epsrel=1e-11)[0] for a, b in pairwise(edges)]
             expected = float(schedule.alpha(tensor(t))[0]) * math.fsum(parts)
             assert float(process.phi(tensor(t))[0, m]) == pytest.approx(expected, rel=2e-7, abs=2e-8)
 
