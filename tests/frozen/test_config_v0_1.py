@@ -1,4 +1,4 @@
-"""A run's configuration as version 0.1 kept it is read: settings of networks and data sources that it did not use too."""
+"""A run's configuration as version 0.1 kept it is read, with settings of networks and sources that it did not use."""
 
 from __future__ import annotations
 
