@@ -152,9 +152,9 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
     from functools import partial
 
     from klray.cluster.connect import connect
+    from klray.cluster.jobs import JobProgress
     from klray.comparison.job import ComparisonJob
     from klray.comparison.plan import view_of
-    from klray.comparison.progress import ComparisonProgress
     from klray.comparison.report import report, write_files
     from klray.config import flatten
     from klray.data.sources import images_of
@@ -184,7 +184,7 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
             connect()
             runs = len(arms) * (args.rates + args.seeds)
             print(f"{len(arms)} arms x ({args.rates} learning rates + {args.seeds} seeds) = {runs} runs, or some more")
-            progress = ComparisonProgress(runs, say)
+            progress = JobProgress(say, [1.0] * runs)
             details = {"experiment": name, "tracking_uri": uri}
             images, part = SharedImages.of(data), args.gpus_per_worker
             job = ComparisonJob(folder, images, args.workers, details, progress, part)

@@ -124,6 +124,12 @@ def read(file: Path) -> StoredSchedule:
     return schedule
 
 
+def stored_for(home: Path, model: str, solver: str, nfe: int, options: Mapping[str, Any]) -> StoredSchedule | None:
+    """The schedule for exactly this, where there is one; raises as ``read``."""
+    file = file_of(home, model, solver, options, nfe)
+    return read(file) if file.exists() else None
+
+
 def stored(home: Path) -> list[tuple[Path, StoredSchedule]]:
     """All schedules of a home, by file name; raises as ``read``."""
     return [(file, read(file)) for file in sorted((home / "schedules").glob("[!.]*.json"))]
