@@ -21,6 +21,7 @@ from klray.runs.progress import finished
 from klray.runs.provenance import provenance_of
 from klray.runs.records import history
 from klray.runs.run_dir import open_run
+from klray.runs.whole_file import write_whole
 from klray.training.job import SharedImages, runs_at_once, train_in_worker
 
 TRIALS = "trials"
@@ -113,9 +114,7 @@ class ComparisonJob:
         file = self.folder / "cpus_per_worker.json"
         if not file.exists():
             share = cpu_share(min(self.at_once(unit), runs) * self.workers)
-            aside = file.with_suffix(".tmp")
-            aside.write_text(json.dumps(share))
-            aside.rename(file)
+            write_whole(file, json.dumps(share))
         return float(json.loads(file.read_text()))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -30,9 +29,8 @@ from klray.schedules.records import Ld3Records
 from klray.schedules.shared_pairs import taught
 from klray.schedules.store import DMN, GITS, LEARNED, StoredSchedule, differences, file_of, read, stored, stored_for
 from klray.schedules.table import best_fixed, rows_of, write_csv
-from klray.tracking.mlflow_upload import resolve_uri
 from klray.tracking.parent_run import parent_run
-from klray.tracking.state import load_state
+from klray.tracking.state import asked_uri, load_state
 
 Row = dict[str, Any]
 BATCH = 64  # images that are drawn at once
@@ -111,8 +109,7 @@ class Ld3Job:
         described = {"model": self.model.fingerprint, **self.ask.described()}
         now = flatten(described)
         state = load_state(self.home)
-        asked = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or (state.uri if state else None)
-        uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
+        uri = asked_uri(self.uri, state)
         name = self.folder.name
         experiment = state.experiment if state else name
         parent = self.home if state is not None and state.uri == uri else None
