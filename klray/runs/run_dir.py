@@ -13,6 +13,7 @@ from typing import Any
 
 from klray.config import Config, ConfigError, flatten, saved_config
 from klray.errors import RunError
+from klray.runs.whole_file import write_whole
 
 
 class FencedError(RunError):
@@ -71,9 +72,7 @@ def open_run(root: Path, name: str, config: Config, details: dict[str, Any]) -> 
     file = run_dir / "run.json"
     with locked(run_dir, f"run {name} is being trained by another process; wait, or choose a --name"):
         check_run(root, name, config)  # another may have made it meanwhile
-        aside = file.with_suffix(".tmp")
-        aside.write_text(json.dumps({"name": name, **details, "config": config.model_dump(mode="json")}, indent=1))
-        aside.rename(file)
+        write_whole(file, json.dumps({"name": name, **details, "config": config.model_dump(mode="json")}, indent=1))
         yield run_dir
 
 
