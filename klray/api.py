@@ -122,8 +122,10 @@ def train(
     """``klray train``: trains, or goes on with, a run.
 
     Args:
-        config: a preset's name or a YAML file. changes: dotted keys to values.
-        runner: ``ray`` or ``local``, in this process. The others: as the command's flags.
+        config: a preset's name or a YAML file.
+        changes: dotted keys to values.
+        runner: ``ray`` or ``local``, in this process.
+        workers, name, runs, seed: as the command's flags.
 
     Raises:
         UserError, RunError: with the line that the command prints.
@@ -205,7 +207,8 @@ def learn_schedule(
     It is not kept; ``klray ld3`` learns many at once and keeps them for ``timesteps="learned"``.
 
     Args:
-        optimizer: a learner, ``ld3``, ``adam`` or module:attribute. pairs: None: as many as it is made for.
+        optimizer: a learner, ``ld3``, ``adam`` or module:attribute.
+        pairs: None: as many as it is made for.
         settings: of the fit, fields of ``FitSettings``.
 
     Raises:

@@ -146,13 +146,13 @@ class Data(OpenSection):
     SETS = {"name": "data source", "encoder": "encoder"}
 
     name: str = "digits"  # digits, mnist, cifar10, celeba, folder, zip
-    encoder: str = "pixels"
-    image_size: PositiveInt = 8
-    channels: PositiveInt = 1
-    resize: Literal["bilinear", "pad"] = "bilinear"
+    encoder: str = "pixels"  # between the images and what is diffused
+    image_size: PositiveInt = 8  # height and width in pixels that images are brought to
+    channels: PositiveInt = 1  # 1 for grey, 3 for RGB
+    resize: Literal["bilinear", "pad"] = "bilinear"  # scale the central square, or put zeros round smaller images
     flip: bool = False  # random horizontal flips, drawn on the device
     limit: PositiveInt | None = None  # keep only so many training images
-    held_out: PositiveInt | None = None
+    held_out: PositiveInt | None = None  # images never trained on; null: the set's own split, else 5 %, at most 5000
 
 
 class Process(OpenSection):
@@ -163,7 +163,7 @@ class Process(OpenSection):
     kind: str = "kl"  # or vp_ensemble, vp_truncated: control arms of a comparison
     schedule: str = "vp_linear"  # or vp_cosine, edm
     basis: str = "sine"  # or cosine, haar, kl_lam
-    marginal: Literal["matched", "truncated", "paper"] = "matched"
+    marginal: Literal["matched", "truncated", "paper"] = "matched"  # what is done about the noise that M terms lack
     time_grid: Literal["continuous"] | PositiveInt = "continuous"  # or N: training times uniform on n/N
 
 
@@ -171,7 +171,7 @@ class Loss(OpenSection):
     SECTION = "loss"
     SETS = {"prediction": "parametrisation"}
 
-    coupling: Literal["joint", "separable"] = "joint"
+    coupling: Literal["joint", "separable"] = "joint"  # the square of the summed errors, or the sum of their squares
     partial_terms: PositiveInt | None = None  # K <= M; null: all terms
     prediction: str = "term"  # or coefficient, share, v, x0, edm: what the network's output is
     term_chunk: PositiveInt | None = None  # terms evaluated at once; null: all that the rank has
@@ -182,8 +182,8 @@ class Network(OpenSection):
     SETS = {"kind": "backbone"}
 
     kind: str = "unet"  # or mlp
-    architecture: Literal["repeated", "wide"] = "repeated"
-    term_input: Literal["class_embedding", "time_offset"] = "class_embedding"
+    architecture: Literal["repeated", "wide"] = "repeated"  # one evaluation for each term, or one for all
+    term_input: Literal["class_embedding", "time_offset"] = "class_embedding"  # how it is told the term; for repeated
     init_from: str | None = None  # a baseline's checkpoint
 
 
@@ -193,9 +193,9 @@ class Optimizer(OpenSection):
 
     kind: str = "adamw"  # or muon
     rate: str = "constant"  # after the warm-up; or cosine, wsd
-    lr: float = Field(default=1e-3, gt=0)
-    warmup_images: int = Field(default=0, ge=0)
-    clip_norm: float | None = Field(default=1.0, gt=0)
+    lr: float = Field(default=1e-3, gt=0)  # the learning rate after the warm-up
+    warmup_images: int = Field(default=0, ge=0)  # images over which the rate rises linearly from 0
+    clip_norm: float | None = Field(default=1.0, gt=0)  # the gradient's largest norm; null: no clipping
     batch_size: PositiveInt = 64  # over all workers
     micro_batch: PositiveInt | None = None  # images of one forward pass on one worker; null: all it has
     max_nonfinite: PositiveInt = 20  # consecutive steps with a non-finite gradient before the run stops
@@ -205,90 +205,90 @@ OPEN_SECTIONS: tuple[type[OpenSection], ...] = (Data, Process, Loss, Network, Op
 
 
 class Ema(_Section):
-    decay: float = Field(default=0.999, ge=0, lt=1)
+    decay: float = Field(default=0.999, ge=0, lt=1)  # of the average of the weights that sampling and validation use
     every: PositiveInt = 1  # optimiser steps between updates
     warmup: bool = True  # decay at most (1 + n)/(10 + n) at update n
 
 
 class Precision(_Section):
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 on GPUs that have it, else off
-    compile: bool = False
-    channels_last: bool = False
+    compile: bool = False  # torch.compile, instead of the fused kernels
+    channels_last: bool = False  # the memory layout of the network
     fused: Literal["auto", "on", "off"] = "auto"  # the U-Net in few kernels; auto: on GPUs, unless compile is set
     cuda_graph: Literal["auto", "off"] = "auto"  # the whole step as one launch; auto: on one GPU
 
 
 class Mesh(_Section):
     data: PositiveInt | None = None  # null: the workers that the basis axis leaves
-    basis: PositiveInt | Literal["auto"] = 1
+    basis: PositiveInt | Literal["auto"] = 1  # workers that share an image's terms; auto: as many as the terms fill
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of the sums; auto: nccl where each worker has a GPU of its own
 
 
 class Budget(_Section):
-    unit: Literal["images", "network_evals", "seconds", "steps"] = "images"
-    amount: float = Field(default=100_000, gt=0)
+    unit: Literal["images", "network_evals", "seconds", "steps"] = "images"  # what training is counted in
+    amount: float = Field(default=100_000, gt=0)  # how many; a larger one continues the run
 
 
 class Validation(_Section):
-    every_images: PositiveInt = 20_000
-    images: PositiveInt = 256
-    time_bins: PositiveInt = 10
-    batch_size: PositiveInt = 256
+    every_images: PositiveInt = 20_000  # training images between two validations
+    images: PositiveInt = 256  # of the held-out ones, the first so many
+    time_bins: PositiveInt = 10  # of val/loss over t; 1: val/loss alone
+    batch_size: PositiveInt = 256  # images that go through the network at once
 
 
 class Checkpoint(_Section):
-    every_images: PositiveInt = 50_000
-    keep: PositiveInt = 2
+    every_images: PositiveInt = 50_000  # training images between two checkpoints
+    keep: PositiveInt = 2  # the newest so many; older ones are removed
 
 
 MOST_STEPS = 10_000  # of a solver
 
 
 class Sampling(_Section):
-    solver: Annotated[str, AfterValidator(_lower)] = "ddim"
-    num_steps: int = Field(default=20, gt=0, le=MOST_STEPS)
+    solver: Annotated[str, AfterValidator(_lower)] = "ddim"  # a solver
+    num_steps: int = Field(default=20, gt=0, le=MOST_STEPS)  # N, intervals of the time grid
     nfe: int | None = Field(
         default=None, gt=0, le=MOST_STEPS
     )  # instead of num_steps: score evaluations an image, spent as the solver does
-    timesteps: Annotated[str, AfterValidator(_lower)] = "logsnr"
+    timesteps: Annotated[str, AfterValidator(_lower)] = "logsnr"  # a time grid
     options: dict[
         str, bool | int | float | str
     ] = {}  # of the solver: variant, third_order, lower_order_final, eta, ...
     final: Literal["denoise", "keep"] = "denoise"  # of the noise that is left at the end of the grid
-    clip_x0: bool = True
+    clip_x0: bool = True  # clamp the estimated image to [-1, 1]
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # of the network; auto: bf16 on GPUs that have it, else off
-    channels_last: bool = False
+    channels_last: bool = False  # the memory layout of the network
     term_chunk: PositiveInt | None = None  # terms evaluated at once; null: as many as make 512 rows of the network
-    every_images: PositiveInt = 50_000
-    images: int = Field(default=64, gt=0, le=10_000)
-    batch_size: int = Field(default=64, gt=0, le=MOST_IN_BATCH)
+    every_images: PositiveInt = 50_000  # training images between two previews
+    images: int = Field(default=64, gt=0, le=10_000)  # of a preview
+    batch_size: int = Field(default=64, gt=0, le=MOST_IN_BATCH)  # images of a preview that are drawn at once
 
 
 class Evaluation(_Section):
     """Scores during training, by sampling.*, in another process of low priority: training does not wait for them."""
 
     every_images: int = Field(default=0, ge=0)  # 0: none
-    num_samples: int = Field(default=1000, ge=2, le=MOST_IMAGES)
-    metrics: list[str] = ["kid"]
+    num_samples: int = Field(default=1000, ge=2, le=MOST_IMAGES)  # images drawn for a score
+    metrics: list[str] = ["kid"]  # of fid, kid, is, pr
     features: str | None = None  # null: inception if its weights can be had, else efficientnet_lite0
-    inception_weights: str | None = None
-    reference: Literal["train", "held_out"] = "train"
-    batch_size: int = Field(default=64, gt=0, le=MOST_IN_BATCH)
-    device: Literal["auto", "cpu"] = "auto"
+    inception_weights: str | None = None  # torch-fidelity's weights file; null: downloaded
+    reference: Literal["train", "held_out"] = "train"  # the real images that are compared with
+    batch_size: int = Field(default=64, gt=0, le=MOST_IN_BATCH)  # images drawn at once
+    device: Literal["auto", "cpu"] = "auto"  # auto: the GPU that trains, where there is one
     workers: PositiveInt = 1  # more than one: on Ray, beside those that train
 
 
 class Tracking(_Section):
     uri: str | None = None  # null: sqlite:///mlflow.db in the working folder; "off": no MLflow
-    experiment: str = "klray"
-    every_steps: PositiveInt = 50
+    experiment: str = "klray"  # MLflow experiment
+    every_steps: PositiveInt = 50  # steps between two reports; several workers agree on a checkpoint at one of them
 
 
 class Config(_Section):
     """Everything that defines a run. ``preset`` is the name that the run is called after."""
 
-    preset: str = "custom"
-    seed: int = Field(default=0, ge=0)
+    preset: str = "custom"  # what the run is named after; a preset or file sets it
+    seed: int = Field(default=0, ge=0)  # of the weights, images, noises and times
     data: SerializeAsAny[Data] = Field(default_factory=lambda: Data.model_validate({}))
     process: SerializeAsAny[Process] = Field(default_factory=lambda: Process.model_validate({}))
     loss: SerializeAsAny[Loss] = Field(default_factory=lambda: Loss.model_validate({}))

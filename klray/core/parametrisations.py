@@ -137,6 +137,9 @@ class Image(_Whole):
 class EDMOutput(_Whole):
     """Karras et al.'s preconditioning (arXiv 2206.00364, table 1), with s = sigma/alpha and x = x_t/alpha:
     x0_hat = c_skip x + c_out F(c_in x, ln(s)/4), of unit variance in and out for data of deviation ``sigma_data``.
+
+    Args:
+        sigma_data: the data's standard deviation, in units of [-1, 1].
     """
 
     def __init__(self, process: NoiseProcess, sigma_data: float = 0.5) -> None:

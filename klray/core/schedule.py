@@ -102,6 +102,10 @@ class VPCosine:
     """The cosine schedule, alpha = cos(a)/cos(a_0) with a = (t + s)/(1 + s) pi/2 (arXiv 2102.09672, eq. 17).
 
     Its noise end is t = 0.9946, beyond which lam falls off to minus infinity (arXiv 2206.00927, appendix D).
+
+    Args:
+        s: the offset that keeps the noise near t = 0 from vanishing.
+        t_min, t_max: where sampling ends and starts.
     """
 
     def __init__(self, s: float = 0.008, t_min: float = 1e-3, t_max: float = 0.9946) -> None:
@@ -208,6 +212,9 @@ class EDM:
     """The variance-exploding process in Karras et al.'s time, t = sigma, alpha = 1 (arXiv 2206.00364, table 1).
 
     Its time is the noise level itself, in [0.002, 80] by default, not in [0, 1].
+
+    Args:
+        t_min, t_max: where sampling ends and starts.
     """
 
     def __init__(self, t_min: float = 0.002, t_max: float = 80.0) -> None:

@@ -136,13 +136,21 @@ def digits() -> Source:
 
 
 def mnist(*, download: bool = False) -> tuple[Source, Source]:
-    """Under KLRAY_DATA, or fetched there; the test set is held out."""
+    """Under KLRAY_DATA, or fetched there; the test set is held out.
+
+    Args:
+        download: let torchvision fetch it where it is missing.
+    """
     train, test = (_torchvision("MNIST", "MNIST/raw", download, train=part).data.numpy() for part in (True, False))
     return _array_source("mnist", train), _array_source("mnist", test)
 
 
 def cifar10(*, download: bool = False) -> tuple[Source, Source]:
-    """Under KLRAY_DATA as torchvision lays it out or as two ZIPs, or fetched there; the test set is held out."""
+    """Under KLRAY_DATA as torchvision lays it out or as two ZIPs, or fetched there; the test set is held out.
+
+    Args:
+        download: let torchvision fetch it where it is missing.
+    """
     batches = "cifar-10-batches-py"
     zips = [_data_root() / f"cifar10-{part}.zip" for part in ("train", "test")]
     if not (_data_root() / batches).exists() and any(file.exists() for file in zips):
@@ -154,7 +162,11 @@ def cifar10(*, download: bool = False) -> tuple[Source, Source]:
 
 
 def celeba(*, download: bool = False) -> tuple[Source, Source]:
-    """The central 140 x 140 of CelebA's aligned faces, under KLRAY_DATA or fetched there; valid is held out."""
+    """The central 140 x 140 of CelebA's aligned faces, under KLRAY_DATA or fetched there; valid is held out.
+
+    Args:
+        download: let torchvision fetch it where it is missing.
+    """
     where = _data_root() / "celeba" / "img_align_celeba"
 
     def read(name: str) -> Image.Image:
@@ -168,7 +180,11 @@ def celeba(*, download: bool = False) -> tuple[Source, Source]:
 
 def folder(*, path: str) -> Source:
     """Images in a folder, read recursively without following links to folders; looked for in the working folder, then
-    under KLRAY_DATA. Alpha is dropped. Grey if every image is, else RGB."""
+    under KLRAY_DATA. Alpha is dropped. Grey if every image is, else RGB.
+
+    Args:
+        path: the folder.
+    """
     where = _own_path(Path(path).expanduser())
     if not where.is_dir():
         raise DataError(f"no folder at {where}; set data.path to the folder of the images, or use data.name=zip")
@@ -177,7 +193,11 @@ def folder(*, path: str) -> Source:
 
 
 def zip_file(*, path: str) -> Source:
-    """Images in a ZIP, read in place; otherwise as a folder."""
+    """Images in a ZIP, read in place; otherwise as a folder.
+
+    Args:
+        path: the ZIP file.
+    """
     return _zip(_own_path(Path(path).expanduser()))
 
 

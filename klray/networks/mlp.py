@@ -12,7 +12,12 @@ from klray.networks.dropout import Dropout
 
 
 class MLP(ModelMixin, ConfigMixin):
-    """Images are flattened; time and class enter by addition to the first hidden layer."""
+    """Images are flattened; time and class enter by addition to the first hidden layer.
+
+    Args:
+        width: of the hidden layers.
+        dropout: share of activations set to 0 in training.
+    """
 
     @register_to_config
     def __init__(

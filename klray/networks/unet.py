@@ -44,6 +44,9 @@ def build_unet(
     Args:
         channels: width of each resolution, from the full one down.
         attention: whether that resolution attends to itself.
+        layers_per_block: residual blocks at each resolution.
+        norm_groups: of every GroupNorm; divides every width.
+        dropout: share of activations set to 0 in training.
         num_classes: M for a class embedding of the term; None for none.
     """
     return UNet2DModel(

@@ -25,7 +25,13 @@ def adamw(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.0,
 ) -> torch.optim.Optimizer:
-    """torch's fused AdamW; on a GPU the whole step can be captured."""
+    """torch's fused AdamW; on a GPU the whole step can be captured.
+
+    Args:
+        betas: of the averages of the gradient and of its square.
+        eps: added to the root of the latter.
+        weight_decay: decoupled, times the rate.
+    """
     on_gpu = any(parameter.is_cuda for parameter in parameters.values())
     return torch.optim.AdamW(
         parameters.values(),
@@ -52,6 +58,13 @@ def muon(
     """Muon (Jordan, 2024): hidden matrices and kernels move by their orthogonalised momentum, kernels as the matrix
     [out, in x height x width]; the first and the last layer, embeddings, biases and gains by AdamW, at
     ``adamw_share`` of the rate. A rate fit for it is some 0.02.
+
+    Args:
+        momentum: of the hidden matrices.
+        weight_decay: decoupled, times the rate, of all parameters.
+        adamw_share: the rate of AdamW's parameters over that of the matrices.
+        betas: AdamW's.
+        eps: AdamW's.
     """
     from pytorch_optimizer import Muon
 

@@ -19,13 +19,22 @@ def constant(share: float) -> float:
 
 
 def cosine(share: float, *, final_share: Share = 0.0) -> float:
-    """From 1 along half a cosine to ``final_share`` (arXiv 1608.03983)."""
+    """From 1 along half a cosine to ``final_share`` (arXiv 1608.03983).
+
+    Args:
+        final_share: the rate at the end, over ``optimizer.lr``.
+    """
     return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 def wsd(share: float, *, decay_share: Share = 0.2, final_share: Share = 0.0) -> float:
     """Warm-up, stable, decay: 1, and over the last ``decay_share`` of the budget linearly to ``final_share``
-    (arXiv 2405.18392)."""
+    (arXiv 2405.18392).
+
+    Args:
+        decay_share: of the budget, in which the rate falls.
+        final_share: the rate at the end, over ``optimizer.lr``.
+    """
     left = min(1.0, max(0.0, 1 - share) / decay_share) if decay_share else 1.0
     return final_share + (1 - final_share) * left
 

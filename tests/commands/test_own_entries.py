@@ -19,64 +19,6 @@ from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.schedule import VPLinear
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MINE = '''
-import torch
-from torch import nn
-from klray.core.solvers import Solver
-from klray.core.solvers.ddim import step
-from klray.core.solvers.trajectory import Trajectory
-from klray.schedules.fit_settings import FitSettings, Optimizers
-from klray.schedules.learners import Learner
-
-
-def sgd(parameters, lr, *, momentum: float = 0.0):
-    """No found_inf: the host asks whether the gradient is finite."""
-    return torch.optim.SGD(parameters.values(), lr=lr, momentum=momentum)
-
-
-def halves(share, *, times: int = 2):
-    return 0.5 ** int(times * share)
-
-
-def sample(denoiser, schedule, x, timesteps, model_timesteps=None, *, damp: float = 1.0):
-    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, "net")
-    for i in range(path.num_steps):
-        x = step(path, x, damp * path.x0_hat(x, i), i)
-    return x
-
-
-damped = Solver(sample, order=1)
-
-
-def squared(schedule, num_steps, t_min=None, t_max=None):
-    ends = [schedule.t_max if t_max is None else t_max, schedule.t_min if t_min is None else t_min]
-    high, low = (torch.tensor(end, dtype=torch.float64) ** 0.5 for end in ends)
-    return torch.linspace(float(high), float(low), num_steps + 1, dtype=torch.float64) ** 2
-
-
-class Plain(Optimizers):
-    def optimizer(self, parameter, rate):
-        return torch.optim.SGD([parameter], lr=rate)
-
-
-slow = Learner(Plain, FitSettings(rounds_theta=1, rounds_both=1, validation_pairs=4), pairs=8)
-
-
-class Quiet:
-    """As share, of a tenth of the output."""
-    def __init__(self, process, tenth: float = 0.1):
-        from klray.core.parametrisations import Share
-        self.inner, self.tenth = Share(process), tenth
-        self.shift, self.c_in, self.c_noise, self.weight = (
-            self.inner.shift, self.inner.c_in, self.inner.c_noise, self.inner.weight)
-
-    def scale(self, t):
-        return self.tenth * self.inner.scale(t)
-
-
-def means(device):
-    return lambda images: images.float().flatten(2).mean(2)
-'''
 OWN = {
     "network.kind": "own_network:ConvNet",
     "network.width": 8,
@@ -84,16 +26,17 @@ OWN = {
     "process.num_terms": 3,
     "data.name": "own_data:rings",
     "data.count": 60,
-    "optimizer.kind": "mine:sgd",
+    "optimizer.kind": "own_optimizer:sgd",
     "optimizer.momentum": 0.5,
     "optimizer.lr": 0.01,
     "optimizer.warmup_images": 0,
-    "optimizer.rate": "mine:halves",
+    "optimizer.rate": "own_rate:halves",
     "optimizer.times": 3,
-    "loss.prediction": "mine:Quiet",
-    "sampling.solver": "mine:damped",
+    "loss.prediction": "own_parametrisation:Gained",
+    "loss.gain": 0.1,
+    "sampling.solver": "own_solver:damped",
     "sampling.options": {"damp": 0.9},
-    "sampling.timesteps": "mine:squared",
+    "sampling.timesteps": "own_timesteps:squared",
     "sampling.num_steps": 3,
     "sampling.images": 4,
     "optimizer.batch_size": 8,
@@ -111,10 +54,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the user's files in it."""
     for file in EXAMPLES.glob("own_*.py"):
         shutil.copy(file, tmp_path)
-    (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    for name in ("mine", "own_network", "own_basis", "own_data"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for file in EXAMPLES.glob("own_*.py"):
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
     return tmp_path
 
 
@@ -128,11 +70,11 @@ def test_a_run_of_the_users_own_parts_from_beginning_to_end(folder: Path) -> Non
     assert images.shape == (4, 1, 8, 8)
     assert not torch.equal(images, model.sample(range(4), batch_size=4, options={"damp": 0.5}))
     assert not torch.equal(images, model.sample(range(4), batch_size=4, timesteps="logsnr"))
-    schedule = klray.learn_schedule(model, solver="mine:damped", nfe=3, optimizer="mine:slow")
-    assert schedule.settings["optimizer"] == "mine:slow"
+    schedule = klray.learn_schedule(model, solver="own_solver:damped", nfe=3, optimizer="own_learner:plain")
+    assert schedule.settings["optimizer"] == "own_learner:plain"
     assert len(schedule.timesteps) == 4
-    (row,) = klray.evaluate(model, nfe=[3], num_samples=6, repeats=1, metrics=["fid"], features="mine:means")
-    assert row["solver"] == "mine:damped"
+    (row,) = klray.evaluate(model, nfe=[3], num_samples=6, repeats=1, metrics=["fid"], features="own_features:quarters")
+    assert row["solver"] == "own_solver:damped"
     again = klray.train("digits", OWN | {"budget.amount": 6}, runner="local", name="own")
     assert again.path == run.path
 
@@ -152,9 +94,9 @@ def test_rays_workers_find_them_too(folder: Path) -> None:
     """Training and learning a schedule on Ray, started as a user does, from the folder that holds the files."""
     sets = [part for key, value in OWN.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     train = ["klray.train", "--config", "digits", "--name", "own", "--workers", "1", *sets]
-    learn = ["klray.ld3", "--checkpoint", "runs/own", "--solvers", "mine:damped", "--nfe", "3", "--workers", "1"]
-    learn += ["--optimizer", "mine:slow", "--tracking-uri", "off"]
-    draw = ["klray.sample", "--checkpoint", "runs/own", "--solver", "mine:damped", "--nfe", "3", "--seeds", "0-3"]
+    learn = ["klray.ld3", "--checkpoint", "runs/own", "--solvers", "own_solver:damped", "--nfe", "3", "--workers", "1"]
+    learn += ["--optimizer", "own_learner:plain", "--tracking-uri", "off"]
+    draw = ["klray.sample", "--checkpoint", "runs/own", "--solver", "own_solver:damped", "--nfe", "3", "--seeds", "0-3"]
     draw += ["--timesteps", "learned", "--out", "drawn.npz"]
     for command in (train, learn, draw):
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
@@ -195,7 +137,7 @@ def test_the_examples_are_short_and_their_basis_is_orthonormal(folder: Path) -> 
 def test_no_file_of_klray_names_them() -> None:
     package = Path(klray.__file__).parent
     texts = "".join(file.read_text() for file in package.rglob("*.py"))
-    assert not any(name in texts for name in ("own_network", "own_data", "own_basis", "ConvNet", "legendre("))
+    assert not any(file.stem in texts for file in EXAMPLES.glob("own_*.py"))
 
 
 def test_the_package_and_its_help_are_light() -> None:

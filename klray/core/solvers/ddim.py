@@ -31,6 +31,9 @@ def sample(
     x_{i+1} = alpha_{i+1} x0_hat + sigma_{i+1} (sqrt(1 - s^2) eps_hat + s noise(i)),
     eps_hat = (x_i - alpha_i x0_hat)/sigma_i
 
+    Args:
+        eta: 0: no new noise; 1: as much as in ancestral sampling.
+
     Raises:
         ValueError: for an eta outside [0, 1], and one above 0 without noise.
     """

@@ -37,8 +37,11 @@ def sample(
 
     With y = x/alpha, rho = sigma/alpha: y' = y + sum_j C_j eps_{i-j},  C_j = int_{rho_i}^{rho_{i+1}} ell_j(s) drho,
     ell_j the Lagrange polynomials on the last ``order`` points in s = t (``variable`` "t") or s = log rho ("log_rho").
-    ``order`` counts points; the paper's tAB-r counts the degree, order - 1. ``lower_order_final``: see
-    ``multistep_orders``.
+    ``order`` counts points; the paper's tAB-r counts the degree, order - 1.
+
+    Args:
+        lower_order_final: never, always, or auto, which lowers the order towards the end only below 15 steps; see
+            ``multistep_orders``.
     """
     path = Trajectory(denoiser, schedule, timesteps, model_timesteps, convert_with)
     weights = {"t": _weights_in_time, "log_rho": _weights_in_log_rho}[variable]

@@ -29,8 +29,10 @@ def sample(
     3M: x' = DDIM + alpha' h phi_2(-h) D1 + k alpha' h phi_3(-h) D2,
         D1 = A + r0/(r0 + r1) (A - C),   D2 = (A - C)/(r0 + r1)
 
-    Every public code has k = 1 in 3M, which is of order 2; ``third_order`` takes the consistent k = 2.
-    ``lower_order_final``: see ``multistep_orders``.
+    Args:
+        third_order: the consistent k = 2 in 3M; every public code has k = 1, which is of order 2.
+        lower_order_final: never, always, or auto, which lowers the order towards the end only below 15 steps; see
+            ``multistep_orders``.
     """
     path = Trajectory(denoiser, schedule, timesteps, model_timesteps, convert_with)
     history: list[Tensor] = []  # x0_hat, the newest first

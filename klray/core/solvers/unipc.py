@@ -33,7 +33,10 @@ def sample(
     corrector UniC-p: the same with one more node r = 1, D = m' - m_0, m' the x0_hat at the predicted x' (p = 1: 1/2)
     m' is also the next step's m_0. The last step has no corrector: its evaluation would be wasted.
 
-    ``variant``: B = z (``bh1``) or e^z - 1 (``bh2``). ``lower_order_final``: see ``multistep_orders``.
+    Args:
+        variant: B = z (``bh1``) or e^z - 1 (``bh2``).
+        lower_order_final: never, always, or auto, which lowers the order towards the end only below 15 steps; see
+            ``multistep_orders``.
 
     Raises:
         ValueError: for an unknown variant.
