@@ -19,7 +19,6 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
@@ -77,20 +76,21 @@ def fits(config: Config, nfe: int, rounds: int, base: FitSettings) -> dict[str, 
 def pools(preset: str, nfe: int, rounds: int, fit: FitSettings, jobs: int) -> dict[str, list[float]]:
     """Seconds of as many equal jobs on one worker and on two, each of one thread, from the first report of a job on."""
     from klray.cluster.connect import connect
+    from klray.cluster.jobs import JobProgress, run_missing
     from klray.sampling.model import load_model
-    from klray.schedules.pool import Ld3Pool
-    from klray.schedules.progress import Ld3Progress
+    from klray.schedules.pool import Ld3Kind
+    from klray.schedules.records import Ld3Records
     from klray.schedules.shared_pairs import taught
     from klray.train import main as train
 
-    class Timed(Ld3Progress):
+    class Timed(JobProgress):
         """Knows when the first report came: before it, workers are started and load the model."""
 
         first = math.inf
 
-        def running(self, name: str, iteration: int, numbers: Mapping[str, float]) -> None:
+        def running(self, name: str, cost: float, share: float, text: str) -> None:
             self.first = min(self.first, time.perf_counter())
-            super().running(name, iteration, numbers)
+            super().running(name, cost, share, text)
 
     found: dict[str, list[float]] = {"1 worker": [], "2 workers": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -104,11 +104,12 @@ def pools(preset: str, nfe: int, rounds: int, fit: FitSettings, jobs: int) -> di
         todo = [Job(SOLVER, nfe, {}, seed) for seed in range(jobs)]
         for turn in range(rounds):
             for workers in (1, 2):
-                pool = Ld3Pool(model, Path(folder) / f"{turn}_{workers}", ask, {}, workers, cpus_per_worker=1)
-                trials = Path(folder) / f"trials_{turn}_{workers}"
-                with Timed(trials, todo, ask.iterations, {}, lambda line: None) as progress:
-                    assert not pool.run(todo, pairs, costs, progress)
-                    found["1 worker" if workers == 1 else "2 workers"].append(time.perf_counter() - progress.first)
+                home = Path(folder) / f"{turn}_{workers}"
+                records = Ld3Records(home / "trials", {})
+                kind = Ld3Kind(model, home, ask, {}, pairs, costs, records, workers, cpus_per_worker=1)
+                progress = Timed(lambda line: None, [nfe] * jobs)
+                assert not run_missing(kind, todo, progress)
+                found["1 worker" if workers == 1 else "2 workers"].append(time.perf_counter() - progress.first)
     return found
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from klray.build import Grid
+from klray.core.solver_parameters import SolverParameters
 from klray.core.timesteps import TIMESTEPS
 from klray.evaluation.cells import Yardstick, describe, evaluate_cells, open_evaluation
 from klray.evaluation.feature_maps import efficientnet_maps
@@ -56,7 +56,7 @@ def fit(checkpoint: Path, folder: Path, solver: str, nfe: int, variant: str, see
     settings = replace(VARIANTS[variant], seed=seed)
     distance = FeatureDistance(efficientnet_maps(CPU)) if settings.loss == EFFICIENTNET else None
     learned = fit_timesteps(model.denoiser, model.schedule, solver, nfe, pairs, settings, distance=distance)
-    grid = Grid(learned.timesteps, learned.model_timesteps)
+    grid = SolverParameters(learned.timesteps, learned.model_timesteps)
     numbers = {"learned": learned.learned, "start": learned.start, **learned.statistics}
     return {"nfe": nfe, "variant": variant, "seed": seed, "grid": grid, "numbers": numbers}
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -25,16 +26,22 @@ from torch import Tensor
 
 from klray.build import Sampler, build_network, build_sampler
 from klray.config import Config, Sampling, load_config
+from klray.core.denoiser import Denoiser
 from klray.core.schedule import VPDiscrete
 from klray.core.solvers import SOLVERS
 from klray.evaluation.features import build_extractor
 from klray.evaluation.scores import fid, kid
 from klray.evaluation.statistics import Moments
 from klray.sampling.draw import sample_images
-from klray.sampling.imported import ImportedDenoiser
+from klray.sampling.imported import ImportedModel
 
 NFE = 20
 PEER = "diffusers DDIMPipeline"
+
+
+def imported(network: Any, schedule: VPDiscrete) -> Denoiser:
+    """The denoiser of a diffusers model that predicts the noise."""
+    return ImportedModel(network, schedule, "epsilon", False, 1.0, (1, 16, 16), None).denoiser(False)
 
 
 def synchronize(device: torch.device) -> None:
@@ -48,7 +55,7 @@ def arms_of(config: Config, batch: int, device: torch.device, compiled: bool) ->
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     schedule = VPDiscrete(torch.cumprod(1 - betas, 0))
-    denoiser = ImportedDenoiser(network, schedule, "epsilon")
+    denoiser = imported(network, schedule)
     pipeline = DDIMPipeline(unet=network, scheduler=DDIMScheduler(clip_sample=False)).to(device)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -82,7 +89,7 @@ def arms_of(config: Config, batch: int, device: torch.device, compiled: bool) ->
     if compiled:
         fast = build_network(config).backbone.to(device).eval().requires_grad_(False)
         fast.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
-        quick = ImportedDenoiser(fast, schedule, "epsilon")
+        quick = imported(fast, schedule)
         sampler = build_sampler(Sampling(solver="ddim", nfe=NFE))
         arms["klray ddim, compiled"] = lambda: sample_images(
             quick, schedule, sampler, range(batch), shape, batch_size=batch, device=device

@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from klray import config, registry
-from klray.core.solvers.path import Path as SolverPath
+from klray.core.solvers.trajectory import Trajectory
 from klray.schedules.fit_settings import FitSettings
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -188,7 +188,7 @@ def arguments_told(doc: str, heading: str = "Args") -> dict[str, str]:
 
 def solver_options() -> str:
     """Each option once, with the solvers that have it."""
-    shared = arguments_told(inspect.getdoc(SolverPath) or "")
+    shared = arguments_told(inspect.getdoc(Trajectory) or "")
     found: dict[tuple[str, str, str], list[str]] = {}
     for name, solver, options in _solvers():
         told = shared | arguments_told(inspect.getdoc(documented(solver)) or "")

@@ -11,7 +11,7 @@ from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
 from klray.core.solvers import Solver
 from klray.core.solvers.ddim import step
-from klray.core.solvers.path import Path
+from klray.core.solvers.trajectory import Trajectory
 
 
 def sample(
@@ -24,7 +24,7 @@ def sample(
     damp: float = 1.0,
 ) -> Tensor:
     """x [B, C, H, W] from timesteps[0] to timesteps[-1], one network call a step."""
-    path = Path(denoiser, schedule, timesteps, model_timesteps, "net")
+    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, "net")
     for i in range(path.num_steps):
         x = step(path, x, damp * path.x0_hat(x, i), i)
     return x

@@ -15,11 +15,11 @@ from klray import registry
 from klray.config import Config, ConfigError, Sampling, explain
 from klray.core.denoiser import Denoiser, TermDenoiser
 from klray.core.finish import solve
-from klray.core.learned_timesteps import scaled
 from klray.core.losses import PredictTerms
 from klray.core.parametrisations import Parametrisation
 from klray.core.process import NoiseProcess, SingleTerm
 from klray.core.schedule import Schedule, VPLinear
+from klray.core.solver_parameters import SolverParameters
 from klray.core.solvers import Solver
 from klray.core.timesteps import TIMESTEPS
 from klray.data.encoders import Encoder
@@ -130,50 +130,25 @@ def build_denoiser(
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Times of a grid that was chosen point by point: [N + 1] each; ``model_timesteps`` None: the same ones.
-
-    ``scale``: [N], learned factors on the noise estimate, see ``klray.core.learned_timesteps.scaled``; None: none.
-    """
-
-    timesteps: list[float]
-    model_timesteps: list[float] | None = None
-    scale: list[float] | None = None
-
-
-@dataclass(frozen=True)
 class Sampler:
     """Solver, time grid and options: how noise becomes images, whatever the model; ``final``: see ``solve``."""
 
     solver: Solver
     nfe: int
     options: dict[str, Any]
-    grid: Callable[[Schedule], tuple[Tensor, Tensor | None]]
-    scale: list[float] | None = None
+    parameters: Callable[[Schedule], SolverParameters]
     final: str = "denoise"
 
     def sample(
         self, denoiser: Denoiser, schedule: Schedule, noise: Tensor, noise_of: Callable[[int], Tensor] | None = None
     ) -> Tensor:
         """Unit noise [B, C, H, W] -> images, see ``solve``."""
-        timesteps, model_timesteps = self.grid(schedule)
-        if self.scale is not None:
-            shown = timesteps if model_timesteps is None else model_timesteps
-            denoiser = scaled(denoiser, schedule, shown, timesteps.new_tensor(self.scale))
-        return solve(
-            self.solver,
-            denoiser,
-            schedule,
-            noise,
-            timesteps,
-            model_timesteps,
-            options=self.options,
-            final=self.final,
-            noise_of=noise_of,
-        )
+        chosen = self.parameters(schedule)
+        how: dict[str, Any] = {"options": self.options, "final": self.final, "noise_of": noise_of}
+        return solve(self.solver, denoiser, schedule, noise, chosen, **how)
 
 
-def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
+def build_sampler(settings: Sampling, grid: SolverParameters | None = None) -> Sampler:
     """The sampler of sampling.*; ``grid`` stands in for the one that sampling.timesteps names.
 
     Raises:
@@ -198,7 +173,7 @@ def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
         solver.sample(lambda x, t: x, VPLinear(), torch.zeros(1, 1, 1, 1), once, **drawn, **settings.options)
     except ValueError as error:
         raise ConfigError(f"sampling.options: {error}") from error
-    num_steps = settings.num_steps if grid is None else len(grid.timesteps) - 1
+    num_steps = settings.num_steps if grid is None else grid.num_steps
     orders: dict[str, list[int]] = {}
     if settings.nfe is not None:
         try:
@@ -214,20 +189,6 @@ def build_sampler(settings: Sampling, grid: Grid | None = None) -> Sampler:
         solver=solver,
         nfe=settings.nfe or solver.nfe(num_steps),
         options={**settings.options, **orders},
-        grid=_named(named, num_steps) if grid is None else _explicit(grid),
-        scale=None if grid is None else grid.scale,
+        parameters=lambda schedule: SolverParameters(named(schedule, num_steps)) if grid is None else grid,
         final=settings.final,
     )
-
-
-def _named(name: Callable[..., Tensor], num_steps: int) -> Callable[[Schedule], tuple[Tensor, Tensor | None]]:
-    return lambda schedule: (name(schedule, num_steps), None)
-
-
-def _explicit(grid: Grid) -> Callable[[Schedule], tuple[Tensor, Tensor | None]]:
-    timesteps, model_timesteps = (
-        None if times is None else torch.tensor(times, dtype=torch.float64)
-        for times in (grid.timesteps, grid.model_timesteps)
-    )
-    assert timesteps is not None
-    return lambda schedule: (timesteps, model_timesteps)

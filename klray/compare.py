@@ -6,7 +6,6 @@ The same command again goes on with what is missing.
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +109,7 @@ def _checked(arm: Arm, config: Config, workers: int) -> Config:
 
 def _description(args: Namespace, base: Config, arms: list[Arm]) -> dict[str, Any]:
     return {
-        "base": base.identity() | {"budget": base.budget.model_dump()},
+        "base": base.defining() | {"budget": base.budget.model_dump()},
         "baseline": arms[0].name,
         "arms": {arm.name: dict(arm.changes) for arm in arms},
         "rates": args.rates,
@@ -152,15 +151,15 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
     from functools import partial
 
     from klray.cluster.connect import connect
+    from klray.cluster.jobs import JobProgress
     from klray.comparison.job import ComparisonJob
     from klray.comparison.plan import view_of
-    from klray.comparison.progress import ComparisonProgress
     from klray.comparison.report import report, write_files
     from klray.config import flatten
     from klray.data.sources import images_of
     from klray.runs.study_dir import open_study_folder
-    from klray.tracking.mlflow_upload import resolve_uri
     from klray.tracking.parent_run import parent_run
+    from klray.tracking.state import asked_uri
     from klray.tracking.view import where_to_look
     from klray.training.job import SharedImages
 
@@ -173,8 +172,7 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
             if before.get(key) != now.get(key)
         ]
 
-    asked = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
+    uri = asked_uri(args.tracking_uri)
     data = images_of(base.data)
     with open_study_folder(args.comparisons, name, description, differences, may_grow="seeds") as folder:
         print(f"comparison {name} in {folder}", flush=True)
@@ -184,7 +182,7 @@ def _run(args: Namespace, arms: dict[Arm, Config], base: Config, name: str, desc
             connect()
             runs = len(arms) * (args.rates + args.seeds)
             print(f"{len(arms)} arms x ({args.rates} learning rates + {args.seeds} seeds) = {runs} runs, or some more")
-            progress = ComparisonProgress(runs, say)
+            progress = JobProgress(say, [1.0] * runs)
             details = {"experiment": name, "tracking_uri": uri}
             images, part = SharedImages.of(data), args.gpus_per_worker
             job = ComparisonJob(folder, images, args.workers, details, progress, part)

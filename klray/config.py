@@ -363,7 +363,7 @@ class Config(_Section):
                     raise ConfigError(str(error)) from error
         return self
 
-    def identity(self) -> dict[str, Any]:
+    def defining(self) -> dict[str, Any]:
         """What makes two runs the same run: all but the budget's size, the mesh, what only makes it faster, and where
         and how often to report."""
         full = self.model_dump(mode="json")
@@ -377,7 +377,7 @@ class Config(_Section):
 
     def default_name(self) -> str:
         """preset + hash of what makes the run."""
-        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.defining(), sort_keys=True).encode()).hexdigest()
         return f"{self.preset}-{digest[:8]}"
 
     def flat(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -93,8 +92,7 @@ def evaluate_by(args: Namespace) -> list[Row]:
     from klray.sampling.draw import Drawing
     from klray.sampling.find import checkpoint_folder
     from klray.sampling.model import load_model
-    from klray.tracking.mlflow_upload import resolve_uri
-    from klray.tracking.state import load_state
+    from klray.tracking.state import asked_uri, load_state
 
     _check(args)
     check_metrics(args.metrics)
@@ -120,13 +118,12 @@ def evaluate_by(args: Namespace) -> list[Row]:
     reference = yardstick.images(model, workers)
     parent = next((folder for folder in model.folder.parents if (folder / "run.json").exists()), None)
     state = None if parent is None else load_state(parent)
-    uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or (state.uri if state else None)
     run = open_evaluation(
         model,
         yardstick,
         reference,
         root=args.out or (Path("evaluations") if parent is None else parent / "evaluations"),
-        uri=None if uri == "off" else resolve_uri(uri, Path.cwd()),
+        uri=asked_uri(args.tracking_uri, state),
         experiment=args.experiment or (state.experiment if state else "klray"),
         parent=parent,
     )

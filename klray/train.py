@@ -166,16 +166,16 @@ def _drive(args: Namespace, config: Config, name: str, mesh_shape: tuple[int, in
     from klray.runs.provenance import provenance_of
     from klray.runs.records import RecordWriter
     from klray.runs.run_dir import open_run
-    from klray.tracking.mlflow_upload import TrackingError, Uploader, prepare, resolve_uri
+    from klray.tracking.mlflow_upload import TrackingError, Uploader, prepare
     from klray.tracking.stale import send_rest
+    from klray.tracking.state import asked_uri
     from klray.tracking.view import where_to_look
     from klray.training.evaluate_during import SnapshotEvaluator
     from klray.training.progress import ProgressLines, summary
     from klray.training.recorded import record_scores
 
     tracking = config.tracking
-    asked = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
+    uri = asked_uri(tracking.uri)
     details = {"experiment": tracking.experiment, "tracking_uri": uri}
     with ExitStack() as stack:
         run_dir = stack.enter_context(open_run(args.runs, name, config, details))

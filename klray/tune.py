@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,13 +117,12 @@ def _run(args: Namespace, space: Space, name: str) -> int:
     from klray.study.job import concurrency, run_study
     from klray.study.progress import StudyProgress
     from klray.study.results import collect, goes_on, ranking, table, train_command, view_of, write_csv
-    from klray.tracking.mlflow_upload import resolve_uri
     from klray.tracking.parent_run import parent_run
+    from klray.tracking.state import asked_uri
     from klray.tracking.view import where_to_look
     from klray.training.job import SharedImages
 
-    asked = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
+    uri = asked_uri(args.tracking_uri)
     data = images_of(space.base.data)
     with ExitStack() as stack:
         opened = open_study_folder(args.studies, name, space.describe(), space.differences, may_grow="trials")

@@ -11,10 +11,11 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor
 
-from klray.build import Grid, Sampler, build_sampler
+from klray.build import Sampler, build_sampler
 from klray.config import ConfigError, Sampling
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.schedule import EDM, Schedule, VPLinear
+from klray.core.solver_parameters import SolverParameters
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.sampling.draw import sampling_of
@@ -65,7 +66,8 @@ def test_an_nfe_is_spent_exactly(solver: str) -> None:
 def test_num_steps_are_steps_of_the_grid(solver: str) -> None:
     for num_steps in (1, 4):
         sampler = build_sampler(Sampling(solver=solver, num_steps=num_steps, timesteps="edm"))
-        timesteps, model_timesteps = sampler.grid(VPLinear())
+        chosen = sampler.parameters(VPLinear())
+        timesteps, model_timesteps = chosen.timesteps, chosen.model_timesteps
         assert torch.equal(timesteps, TIMESTEPS["edm"](VPLinear(), num_steps))
         assert model_timesteps is None
         assert sampler.nfe == SOLVERS[solver].nfe(num_steps) == len(run(sampler).times)
@@ -89,7 +91,7 @@ def test_single_step_methods_spend_an_nfe_in_the_published_orders(
     """The grid has a step for each order; a call shown a time from inside step i counts for step i."""
     sampler = build_sampler(Sampling(solver=solver, nfe=nfe, num_steps=99))  # nfe stands in for num_steps
     assert sampler.options == ({} if orders is None else {"orders": orders})
-    grid, _ = sampler.grid(VPLinear())
+    grid = sampler.parameters(VPLinear()).timesteps
     assert torch.equal(grid, TIMESTEPS["logsnr"](VPLinear(), len(calls)))
     times = run(sampler).times
     starts = [sum(calls[:i]) for i in range(len(calls))]
@@ -172,11 +174,12 @@ def test_options_reach_the_solver(solver: str, options: dict[str, bool | str]) -
 
 
 def test_a_grid_stands_in_for_the_named_one() -> None:
-    grid = Grid([1.0, 0.4, 0.1, 0.01], [0.9, 0.45, 0.1, 0.02])
+    grid = SolverParameters([1.0, 0.4, 0.1, 0.01], [0.9, 0.45, 0.1, 0.02])
     sampler = build_sampler(Sampling(timesteps="grid.json", num_steps=99), grid)
     assert sampler.nfe == 3
-    timesteps, model_timesteps = sampler.grid(VPLinear())
-    assert timesteps.tolist() == grid.timesteps
+    chosen = sampler.parameters(VPLinear())
+    timesteps, model_timesteps = chosen.timesteps, chosen.model_timesteps
+    assert torch.equal(timesteps, grid.timesteps)
     assert timesteps.dtype == torch.float64
     assert model_timesteps is not None
     assert run(sampler).times == model_timesteps[:-1].tolist() == [0.9, 0.45, 0.1]
@@ -194,7 +197,7 @@ def test_a_grid_stands_in_for_the_named_one() -> None:
     ],
 )
 def test_a_grid_must_have_the_steps_that_the_nfe_buys(solver: str, nfe: int, points: int, message: str | None) -> None:
-    grid = Grid(torch.linspace(1.0, 0.01, points, dtype=torch.float64).tolist())
+    grid = SolverParameters(torch.linspace(1.0, 0.01, points, dtype=torch.float64).tolist())
     settings = Sampling(solver=solver, nfe=nfe)
     if message is None:
         assert len(run(build_sampler(settings, grid)).times) == nfe
@@ -220,7 +223,7 @@ def test_sampling_starts_from_the_noise_of_the_grids_first_time(schedule: Schedu
     torch.testing.assert_close(first, schedule.prior_std * noise(), rtol=1e-12, atol=0)
 
     t = 0.3 * schedule.t_max
-    first = run(build_sampler(Sampling(), Grid([t, 0.1 * t])), schedule).states[0]
+    first = run(build_sampler(Sampling(), SolverParameters([t, 0.1 * t])), schedule).states[0]
     level = schedule.sigma(torch.tensor(t, dtype=torch.float64))
     torch.testing.assert_close(first, level * noise(), rtol=1e-12, atol=0)
 
@@ -262,7 +265,7 @@ def test_an_nfe_stands_in_for_the_models_number_of_steps(trained: Callable[..., 
     assert build_sampler(sampling_of(model, solver="dpm_solver_3", nfe=7)).nfe == 7
     assert build_sampler(sampling_of(trained(num_steps=5, nfe=8))).nfe == 8
     assert build_sampler(sampling_of(trained(num_steps=5, nfe=8), nfe=4)).nfe == 4
-    assert sampling_of(trained(num_steps=5, nfe=8), Grid([1.0, 0.5, 1e-3]), nfe=None).nfe is None
+    assert sampling_of(trained(num_steps=5, nfe=8), SolverParameters([1.0, 0.5, 1e-3]), nfe=None).nfe is None
     with pytest.raises(ConfigError, match="sampling.nfe must be greater than 0, got 0"):
         sampling_of(model, nfe=0)
     with pytest.raises(ConfigError, match="unknown key sampling.sovler; did you mean sampling.solver"):

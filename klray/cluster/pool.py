@@ -6,7 +6,7 @@ import math
 import pickle
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -62,7 +62,7 @@ def run_jobs(
     cpus_per_worker: float | None = None,
     attempts: int = 2,
     on_report: Callable[[int, Any], None] | None = None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Hands the jobs in their order to groups of workers and yields each outcome as it comes.
 
     Every worker calls ``prepare(place, settings)`` once, then ``work(job, report)`` for each job of its group. The
@@ -107,7 +107,7 @@ def _outcomes(
     jobs: Sequence[Any],
     attempts: int,
     on_report: Callable[[int, Any], None] | None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     waiting, failures = deque(range(len(jobs))), Counter[int]()
     groups: list[_Group] = []
     placements: list[PlacementGroup] = []

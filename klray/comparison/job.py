@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from klray.cluster.connect import cluster_size, cpu_share
-from klray.cluster.pool import Place, Report, Work, run_jobs
+from klray.cluster.jobs import JobError, JobKind, JobProgress, check_shared, run_missing
+from klray.cluster.pool import Place, Report, Work
 from klray.comparison.arms import Arm
 from klray.comparison.plan import TUNING_SEED, PlannedRun, planned
 from klray.comparison.rates import best_rate, ladder, longer
-from klray.comparison.results import ArmResult, arm_result, final_error
+from klray.comparison.results import METRIC, ArmResult, arm_result, final_error
 from klray.config import Config
 from klray.parallel.mesh import resolve_mesh
 from klray.runs.progress import finished
 from klray.runs.provenance import provenance_of
 from klray.runs.records import history
 from klray.runs.run_dir import open_run
+from klray.runs.whole_file import write_whole
 from klray.training.job import SharedImages, runs_at_once, train_in_worker
 
 TRIALS = "trials"
 FINISHED, DIVERGED = "finished", "diverged"
-# (a run's name, what became of it: "running", FINISHED, DIVERGED or an error's line; its latest metrics)
-Watch = Callable[[str, str, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ComparisonJob:
     images: SharedImages
     workers: int
     details: dict[str, Any]
-    watch: Watch
+    progress: JobProgress
     gpus_per_worker: float = 1
 
     def run(
@@ -97,34 +97,12 @@ class ComparisonJob:
         Returns:
             FINISHED, DIVERGED or an error's line for each run's name.
         """
-        outcomes = {run.name: FINISHED for run in runs}
-        missing = []
-        for run in runs:
-            with open_run(self.folder / TRIALS, run.name, run.config, self.details) as run_dir:
-                if not finished(run.config, run_dir, warn=lambda text: None):
-                    missing.append(run)
-        if not missing:
-            return outcomes
-        at_once = min(self._at_once(runs[0].config.budget.unit), len(missing))
-        while at_once > 1 and cpu_share(at_once * self.workers) < share:
-            at_once -= 1
-        jobs = run_jobs(
-            _prepare,
-            (self.folder / TRIALS, self.images, max(1, int(share))),
-            missing,
-            workers=at_once * self.workers,
-            group_size=self.workers,
-            gpus_per_worker=self.gpus_per_worker if cluster_size()[1] else None,
-            cpus_per_worker=min(share, cpu_share(at_once * self.workers)),
-            on_report=lambda index, metrics: self.watch(missing[index].name, "running", metrics),
-        )
-        for outcome in jobs:
-            name = missing[outcome.index].name
-            outcomes[name] = outcome.error or outcome.value
-            self.watch(name, outcomes[name], {})
-        return outcomes
+        kind = TrainingKind(self, share)
+        failures = run_missing(kind, runs, self.progress)
+        return {run.name: FINISHED for run in runs} | kind.outcomes | failures
 
-    def _at_once(self, unit: str) -> int:
+    def at_once(self, unit: str) -> int:
+        """How many runs have their workers beside each other; raises WorkersError."""
         return runs_at_once(self.workers, unit, self.gpus_per_worker)
 
     def _cpus_per_worker(self, runs: int, unit: str) -> float:
@@ -135,10 +113,8 @@ class ComparisonJob:
         """
         file = self.folder / "cpus_per_worker.json"
         if not file.exists():
-            share = cpu_share(min(self._at_once(unit), runs) * self.workers)
-            aside = file.with_suffix(".tmp")
-            aside.write_text(json.dumps(share))
-            aside.rename(file)
+            share = cpu_share(min(self.at_once(unit), runs) * self.workers)
+            write_whole(file, json.dumps(share))
         return float(json.loads(file.read_text()))
 
 
@@ -146,29 +122,84 @@ def _failures(outcomes: Mapping[str, str]) -> dict[str, str]:
     return {name: outcome for name, outcome in outcomes.items() if outcome not in (FINISHED, DIVERGED)}
 
 
-def _prepare(place: Place, settings: tuple[Path, SharedImages, int]) -> Work:
-    folder, images, threads = settings
+@dataclass(frozen=True)
+class TrainingKind(JobKind):
+    """A comparison's runs; each goes on from its checkpoint.
 
-    def train(run: PlannedRun, report: Report) -> str:
-        mesh = run.config.mesh
-        run_dir = folder / run.name
-        tags = {"klray.kind": "trial", "klray.arm": run.arm, "klray.stage": run.stage}
-        outcome = train_in_worker(
-            run.config,
-            images,
-            mesh_shape=resolve_mesh(
-                place.size,
-                data=mesh.data,
-                basis=mesh.basis,
-                terms_per_step=run.config.evals_per_image,
-                batch_size=run.config.optimizer.batch_size,
-            ),
-            device=place.device,
-            threads=threads,
-            run_dir=run_dir,
-            provenance={**provenance_of(run.config, run.name, run_dir), **tags},
-            on_validation=report,
-        )
-        return DIVERGED if outcome.get("diverged") else str(outcome.get("error", FINISHED))
+    ``share``: CPUs of a worker. ``outcomes``: FINISHED or DIVERGED for the name of each run that was trained here.
+    """
 
-    return train
+    comparison: ComparisonJob
+    share: float
+    outcomes: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)  # in words, the latest of each run
+
+    def name(self, run: PlannedRun) -> str:
+        """Also of its folder."""
+        return run.name
+
+    def done(self, run: PlannedRun) -> bool:
+        """Whether its budget is used up."""
+        with open_run(self.comparison.folder / TRIALS, run.name, run.config, self.comparison.details) as run_dir:
+            return finished(run.config, run_dir, warn=lambda text: None)
+
+    def resources(self, missing: Sequence[PlannedRun]) -> dict[str, Any]:
+        """As many runs at once as have their workers' share."""
+        job, at_once = self.comparison, self.comparison.at_once(missing[0].config.budget.unit)
+        while at_once > 1 and cpu_share(at_once * job.workers) < self.share:
+            at_once -= 1
+        return {
+            "workers": at_once * job.workers,
+            "group_size": job.workers,
+            "gpus_per_worker": job.gpus_per_worker if cluster_size()[1] else None,
+            "cpus_per_worker": min(self.share, cpu_share(at_once * job.workers)),
+        }
+
+    def settings(self) -> tuple[Path, SharedImages, int]:
+        """The runs' folder, the images, the threads of a worker."""
+        return self.comparison.folder / TRIALS, self.comparison.images, max(1, int(self.share))
+
+    @staticmethod
+    def prepare(place: Place, settings: tuple[Path, SharedImages, int]) -> Work:
+        """Refuses a folder that this machine does not see."""
+        folder, images, threads = settings
+        check_shared(folder, "--comparisons")
+
+        def train(run: PlannedRun, report: Report) -> str:
+            return _train(run, report, place, folder / run.name, images, threads)
+
+        return train
+
+    def running(self, run: PlannedRun, metrics: Mapping[str, float]) -> tuple[float, str]:
+        """The share of its budget that is used, and its error."""
+        self.errors[run.name] = f"{METRIC} {metrics[METRIC]:.5g}"
+        return metrics["budget_percent"] / 100, self.errors[run.name]
+
+    def keep(self, run: PlannedRun, outcome: str) -> str:
+        """Its worker has written everything else."""
+        if outcome not in (FINISHED, DIVERGED):
+            raise JobError(outcome)
+        self.outcomes[run.name] = outcome
+        return f"{outcome}  {self.errors.get(run.name, '')}"
+
+
+def _train(run: PlannedRun, report: Report, place: Place, run_dir: Path, images: SharedImages, threads: int) -> str:
+    mesh = run.config.mesh
+    tags = {"klray.kind": "trial", "klray.arm": run.arm, "klray.stage": run.stage}
+    outcome = train_in_worker(
+        run.config,
+        images,
+        mesh_shape=resolve_mesh(
+            place.size,
+            data=mesh.data,
+            basis=mesh.basis,
+            terms_per_step=run.config.evals_per_image,
+            batch_size=run.config.optimizer.batch_size,
+        ),
+        device=place.device,
+        threads=threads,
+        run_dir=run_dir,
+        provenance={**provenance_of(run.config, run.name, run_dir), **tags},
+        on_validation=report,
+    )
+    return DIVERGED if outcome.get("diverged") else str(outcome.get("error", FINISHED))

@@ -45,7 +45,8 @@ def sine_basis(t: Tensor, num_terms: int) -> Tensor:
 def cosine_basis(t: Tensor, num_terms: int) -> Tensor:
     """1, sqrt(2) cos((m - 1) pi t)."""
     frequency = torch.arange(num_terms, dtype=t.dtype, device=t.device) * math.pi
-    return torch.where(frequency == 0, 1.0, math.sqrt(2)) * torch.cos(t[..., None] * frequency)
+    size = torch.full_like(frequency, math.sqrt(2)).masked_fill(frequency == 0, 1.0)
+    return size * torch.cos(t[..., None] * frequency)
 
 
 class Haar:

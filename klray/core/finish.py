@@ -9,6 +9,7 @@ from torch import Tensor
 
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
+from klray.core.solver_parameters import SolverParameters
 from klray.core.solvers import Solver
 
 FINALS = ("denoise", "keep")
@@ -19,8 +20,7 @@ def solve(
     denoiser: Denoiser,
     schedule: Schedule,
     noise: Tensor,
-    timesteps: Tensor,
-    model_timesteps: Tensor | None = None,
+    parameters: SolverParameters,
     *,
     options: Mapping[str, Any] | None = None,
     final: str = "denoise",
@@ -39,7 +39,7 @@ def solve(
     that goes with the clamped one. ``keep``: x_N itself.
 
     Args:
-        timesteps, model_timesteps, options: as for ``solver.sample``.
+        parameters: the grid and what else was chosen of the solver. options: keywords of ``solver.sample``.
         final: one of FINALS.
         noise_of: step -> fresh unit noise, for solvers that draw some.
 
@@ -48,18 +48,20 @@ def solve(
     """
     if final not in FINALS:
         raise ValueError(f"final must be one of {', '.join(FINALS)}, got {final!r}")
+    timesteps, factored = parameters.timesteps, parameters.factored(denoiser, schedule)
     call: tuple[Tensor, Tensor, Tensor] | None = None
 
     def last(x: Tensor, t: Tensor) -> Tensor:
         nonlocal call
-        call = x, t, denoiser(x, t)
+        call = x, t, factored(x, t)
         return call[2]
 
     if solver.random and noise_of is None:
         raise ValueError("this solver draws noise at every step; what is learned and compared is one that does not")
     drawn = {"noise": noise_of} if solver.takes_noise else {}
     start = schedule.sigma(timesteps[0]) * noise
-    x = solver.sample(last, schedule, start, timesteps, model_timesteps, **drawn, **(options or {}))
+    chosen = {**drawn, **parameters.coefficients, **(options or {})}
+    x = solver.sample(last, schedule, start, timesteps, parameters.model_timesteps, **chosen)
     if final == "keep":
         return x
     assert call is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
+from klray.core.solver_parameters import SolverParameters
 
 SPACES = ("lam", "time")
 FLOOR = 1e-4  # the smallest share of the whole span that one step can have
@@ -26,7 +26,7 @@ class LearnedTimesteps(nn.Module):
         schedule: whose times these are; its t_max and t_min are the ends until ``start_from`` gives others.
         num_steps: N >= 1.
         space: where the steps are laid out; at first they are equal there.
-        output_scale: learn also a factor on the network's noise estimate for each step, see ``scaled``.
+        output_scale: learn also a factor on the network's noise estimate for each step, see ``SolverParameters``.
 
     Attributes:
         theta: [N]. xi: [N - 1]. scale: [N] from 1, or None. All float64.
@@ -100,9 +100,10 @@ class LearnedTimesteps(nn.Module):
             self.scale.fill_(1)
         return self
 
-    def scaled(self, denoiser: Denoiser, model_timesteps: Tensor) -> Denoiser:
-        """The denoiser with the learned factors; the denoiser itself without ``output_scale``."""
-        return denoiser if self.scale is None else scaled(denoiser, self.schedule, model_timesteps, self.scale)
+    def parameters_now(self) -> SolverParameters:
+        """Both grids and the scale, with gradients."""
+        timesteps, model_timesteps = self()
+        return SolverParameters(timesteps, model_timesteps, self.scale)
 
     def _place(self, t: Tensor) -> Tensor:
         return self.schedule.lam(t) if self.space == "lam" else t
@@ -118,18 +119,3 @@ class LearnedTimesteps(nn.Module):
         at = torch.linspace(0, old, self.num_steps + 1, dtype=times.dtype, device=times.device)[1:-1]
         k = at.long().clamp_max(old - 1)
         return torch.cat([times[:1], self.schedule.t_of_lam(torch.lerp(lam[k], lam[k + 1], at - k)), times[-1:]])
-
-
-def scaled(denoiser: Denoiser, schedule: Schedule, model_timesteps: Tensor, scale: Tensor) -> Denoiser:
-    """The denoiser whose noise estimate at network time t is multiplied by scale[i], model_timesteps[i] >= t > [i + 1].
-
-    eps -> g eps, so x0_hat = (x - sigma eps)/alpha -> (1 - g) x/alpha + g x0_hat.   scale: [N].
-    """
-    rising = -model_timesteps.detach()
-
-    def call(x: Tensor, t: Tensor) -> Tensor:
-        step = torch.searchsorted(rising, -t.detach(), right=True) - 1
-        factor = torch.take(scale, step.clamp(0, len(scale) - 1))  # by [], the host would wait to read the index
-        return (1 - factor) / schedule.alpha(t) * x + factor * denoiser(x, t)
-
-    return call

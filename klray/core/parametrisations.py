@@ -76,7 +76,9 @@ class Share(Term):
     """
 
     def scale(self, t: Tensor) -> Tensor:
-        """c_m^2 / sum_n c_n^2."""
+        """c_m^2 / sum_n c_n^2; 1 of a single term."""
+        if self.process.num_terms == 1:
+            return super().scale(t)
         c = noise_shares(self.process, t)
         return c.square() / c.square().sum(-1, keepdim=True)
 

@@ -171,11 +171,18 @@ class VPDiscrete:
             raise ValueError("alphas_cumprod must fall strictly within (0, 1); zeros are allowed at the end")
         self.num_train_steps = steps
         self.t_min, self.t_max = 1 / steps, len(kept) / steps
-        self._times = torch.arange(len(kept) + 1, dtype=torch.float64) / steps
-        self._log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log(kept)])
+        times = torch.arange(len(kept) + 1, dtype=torch.float64) / steps
+        self._tables = {times.device: (times, torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log(kept)]))}
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Times and log alpha at them; once sent to a device they stay there."""
+        if device not in self._tables:
+            times, log_alpha = self._tables[torch.device("cpu")]
+            self._tables[device] = (times.to(device), log_alpha.to(device))
+        return self._tables[device]
 
     def _log(self, t: Tensor) -> Tensor:
-        return _interpolate(t.double(), self._times.to(t.device), self._log_alpha.to(t.device))
+        return _interpolate(t.double(), *self._table(t.device))
 
     def alpha(self, t: Tensor) -> Tensor:
         """alpha, log-linear between the model's steps."""
@@ -192,7 +199,8 @@ class VPDiscrete:
     def t_of_lam(self, lam: Tensor) -> Tensor:
         """The inverse of ``lam``: -log alpha = log(1 + e^{-2 lam})/2, found between its nodes."""
         level = 0.5 * torch.logaddexp(torch.zeros((), dtype=torch.float64, device=lam.device), -2 * lam.double())
-        return _interpolate(level, -self._log_alpha.to(lam.device), self._times.to(lam.device)).to(lam.dtype)
+        times, log_alpha = self._table(lam.device)
+        return _interpolate(level, -log_alpha, times).to(lam.dtype)
 
     @property
     def prior_std(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -189,7 +189,7 @@ def describe(cell: Cell) -> dict[str, Any]:
     settings = cell.sampling.model_dump(mode="json", include={"solver", "timesteps", "options", "final"})
     if cell.sampling.amp != "auto":  # a precision that was asked for, not the machine's
         settings["amp"] = cell.sampling.amp
-    points = {} if cell.grid is None else {"grid": asdict(cell.grid)}
+    points = {} if cell.grid is None else {"grid": cell.grid.to_dict()}
     return {**settings, **points, "nfe": nfe}
 
 

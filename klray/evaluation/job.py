@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from klray.build import Grid, build_sampler
+from klray.build import build_sampler
 from klray.config import Sampling
+from klray.core.solver_parameters import SolverParameters
 from klray.evaluation.features import build_extractor
 from klray.evaluation.reference import Reference
 from klray.evaluation.scores import compute
@@ -50,7 +51,7 @@ class Cell:
     """One way of sampling that is measured."""
 
     sampling: Sampling
-    grid: Grid | None
+    grid: SolverParameters | None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from klray.evaluation.figures import overview_figure, quality_figure
 from klray.evaluation.scores import metric_name
 from klray.runs.records import RecordWriter, status_after
 from klray.runs.run_dir import locked
+from klray.runs.whole_file import write_whole
 from klray.tracking.mlflow_upload import Uploader
 
 Row = dict[str, Any]
@@ -94,9 +95,7 @@ class EvaluationRun:
         patience = 20.0 if self._upload.run_id(timeout=20.0) else 1.0
         with self._uploader(cell, cell.name, self.folder, patience):
             pass  # all at once, so that a cell is never left RUNNING
-        aside = cell / f".{RESULT}"
-        aside.write_text(json.dumps({**row, "step": self.step, "metrics": self._named(row)}, indent=1))
-        aside.replace(cell / RESULT)
+        write_whole(cell / RESULT, json.dumps({**row, "step": self.step, "metrics": self._named(row)}, indent=1))
 
     def finish(self, scores: Sequence[str]) -> list[Row]:
         """Writes table and figures over all cells of the folder and sends them; returns the rows, scores among them."""

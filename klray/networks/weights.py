@@ -11,12 +11,22 @@ from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.process import NoiseProcess
 from klray.networks.terms import TermNetwork
 
+# Of a model of one term, or folded into one, in diffusers' words.
+PREDICTION_TYPES = {
+    "term": "epsilon",
+    "coefficient": "epsilon",
+    "share": "epsilon",
+    "v": "v_prediction",
+    "x0": "sample",
+}
+
 
 @torch.no_grad()
 def start_from_baseline(network: TermNetwork, baseline: dict[str, Tensor], prediction: str) -> bool:
     """Copies a baseline's backbone weights into a KL network, so that its eps_hat at step 0 is the baseline's.
 
-    ``share``: the copy itself (``wide``: the last layer in all M blocks), class embedding 0. ``term``: the same
+    ``share``, and ``v``, ``x0``, ``edm`` of a baseline of that very kind: the copy itself (``wide``: the last layer in
+    all M blocks), class embedding 0. ``term``: the same
     with the last layer divided by M. ``coefficient`` would need f_m = c_m(t) eps_hat, which weights cannot give.
 
     Returns:
@@ -97,8 +107,11 @@ def save_pipeline(
     plain = fold(network, prediction)
     if not isinstance(plain, UNet2DModel):
         raise ValueError(f"export: a DDIMPipeline holds a UNet2DModel, this network is {type(plain).__name__}")
+    if prediction not in PREDICTION_TYPES:
+        raise ValueError(f"export: diffusers knows no prediction {prediction}; it knows {', '.join(PREDICTION_TYPES)}")
     times = torch.arange(1001, dtype=torch.float64) / 1000
     alpha = process.alpha(times)
     betas = 1 - (alpha[1:] / alpha[:-1]).square()
-    scheduler = DDIMScheduler(trained_betas=betas.numpy(), clip_sample=clip_x0)
+    kind = PREDICTION_TYPES[prediction]
+    scheduler = DDIMScheduler(trained_betas=betas.numpy(), clip_sample=clip_x0, prediction_type=kind)
     DDIMPipeline(unet=plain, scheduler=scheduler).save_pretrained(folder)

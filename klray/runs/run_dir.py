@@ -13,14 +13,15 @@ from typing import Any
 
 from klray.config import Config, ConfigError, flatten, saved_config
 from klray.errors import RunError
+from klray.runs.whole_file import write_whole
 
 
-class TurnError(RunError):
+class FencedError(RunError):
     """Another group of workers trains this run by now."""
 
 
-class Turn:
-    """A worker group's turn to write into a run's folder, RUN_DIR/turn; the group that took it last has it.
+class Fence:
+    """The fencing token of a run's folder, RUN_DIR/turn: only the worker group that took it last may write there.
 
     A machine that was cut off may keep its workers training while others have gone on in their place.
     """
@@ -39,10 +40,10 @@ class Turn:
         """To be called before each writing.
 
         Raises:
-            TurnError: where another group has taken it since.
+            FencedError: where another group has taken it since.
         """
         if self.lost():
-            raise TurnError(f"other workers go on with {self._file.parent}; these stop")
+            raise FencedError(f"other workers go on with {self._file.parent}; these stop")
 
 
 def check_run(root: Path, name: str, config: Config) -> None:
@@ -71,9 +72,7 @@ def open_run(root: Path, name: str, config: Config, details: dict[str, Any]) -> 
     file = run_dir / "run.json"
     with locked(run_dir, f"run {name} is being trained by another process; wait, or choose a --name"):
         check_run(root, name, config)  # another may have made it meanwhile
-        aside = file.with_suffix(".tmp")
-        aside.write_text(json.dumps({"name": name, **details, "config": config.model_dump(mode="json")}, indent=1))
-        aside.rename(file)
+        write_whole(file, json.dumps({"name": name, **details, "config": config.model_dump(mode="json")}, indent=1))
         yield run_dir
 
 
@@ -111,7 +110,7 @@ def in_use(folder: Path) -> bool:
 
 def _refuse_other(name: str, config: Config, kept: dict[str, Any]) -> None:
     old = saved_config(kept)
-    before, now = flatten(old.identity()), flatten(config.identity())
+    before, now = flatten(old.defining()), flatten(config.defining())
     changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now if before.get(key) != now.get(key)]
     if changed:
         raise ConfigError(f"run {name} exists with another configuration ({'; '.join(changed)}); choose another --name")

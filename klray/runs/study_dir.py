@@ -11,6 +11,7 @@ from typing import Any
 
 from klray.config import ConfigError
 from klray.runs.run_dir import locked
+from klray.runs.whole_file import write_whole
 
 
 @contextmanager
@@ -45,7 +46,5 @@ def open_study_folder(
                 raise ConfigError(
                     f"{name} has {kept[may_grow]} {may_grow}; give at least as many, got {description[may_grow]}"
                 )
-        aside = file.with_suffix(".tmp")
-        aside.write_text(json.dumps(description, indent=1))
-        aside.rename(file)
+        write_whole(file, json.dumps(description, indent=1))
         yield folder

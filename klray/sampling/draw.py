@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from klray.build import Grid, Sampler, build_sampler
+from klray.build import Sampler, build_sampler
 from klray.config import Sampling, override
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
+from klray.core.solver_parameters import SolverParameters
 from klray.data.encoders import Encoder, Pixels
 from klray.errors import RunError
 from klray.parallel.cuda_graph import CudaGraph
@@ -111,7 +112,7 @@ def batches_of(seeds: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(seeds[start : start + batch_size]) for start in range(0, len(seeds), batch_size)]
 
 
-def sampling_of(model: Model, grid: Grid | None = None, **chosen: Any) -> Sampling:
+def sampling_of(model: Model, grid: SolverParameters | None = None, **chosen: Any) -> Sampling:
     """The model's own sampling settings with those that are not None put in their place; ``nfe`` replaces num_steps.
 
     A ``grid`` from a file has its own number of steps, which the model's own ``nfe`` then gives way to.
@@ -187,7 +188,7 @@ class SamplingTask:
 
     drawing: Drawing
     sampling: Sampling
-    grid: Grid | None
+    grid: SolverParameters | None
 
     def start(self, device: torch.device, mesh: Mesh) -> Callable[[Any], Any]:
         """Loads the model; raises as ``load_model`` and ``build_sampler``."""

@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from klray.core.denoiser import shown_to
+from klray.core.denoiser import TermDenoiser
+from klray.core.process import SingleTerm
 from klray.core.schedule import VPDiscrete
 from klray.networks.fused_unet import fused_unet
 from klray.networks.half import HalfWeights
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = {"epsilon": "share", "v_prediction": "v", "sample": "x0"}  # diffusers' words: klray's
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 BETAS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}  # of schedulers that read noise levels there
 AUTOENCODERS = ("vqvae", "vae", "movq")  # beside the network of a latent model
@@ -36,48 +37,32 @@ class ImportedModel:
     shape: tuple[int, int, int]
     assumed: str | None  # what had to be assumed of it
 
-    def denoiser(self, clip_x0: bool, dtype: torch.dtype | None = None, fused: bool = False) -> ImportedDenoiser:
+    def denoiser(self, clip_x0: bool, dtype: torch.dtype | None = None, fused: bool = False) -> TermDenoiser:
         """What solvers call; the network computes in ``dtype``, ``fused`` through ``networks.fused_unet``."""
+        predict = _Predict(self.network, self.schedule.num_train_steps, dtype, fused)
         clip = self.clip_range if clip_x0 else None
-        return ImportedDenoiser(self.network, self.schedule, self.prediction, clip, dtype, fused)
+        return TermDenoiser(predict, SingleTerm(self.schedule), PREDICTIONS[self.prediction], clip_x0=clip)
 
 
-class ImportedDenoiser:
-    """denoiser(x [B, C, H, W], t 0-dim) -> x0_hat, from a network that is shown the index T t - 1.
+class _Predict:
+    """(x [B, C, H, W], t [B], terms [1]) -> [B, 1, C, H, W], from a network that is shown the index T t - 1.
 
-    x0_hat = (x - sigma eps)/alpha for ``epsilon``, alpha x - sigma v for ``v_prediction`` (arXiv 2202.00512, appendix
-    D), the output itself for ``sample``. Of a network that also predicts a variance, the first C channels count.
+    Of a network that also predicts a variance, the first C channels count.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        schedule: VPDiscrete,
-        prediction: str,
-        clip: float | None = None,
-        dtype: torch.dtype | None = None,
-        fused: bool = False,
-    ) -> None:
-        self.schedule, self.prediction, self.clip = schedule, prediction, clip
-        self.dtype, self.fused = dtype, fused
+    def __init__(self, network: nn.Module, num_train_steps: int, dtype: torch.dtype | None, fused: bool) -> None:
+        self.num_train_steps, self.dtype, self.fused = num_train_steps, dtype, fused
         self.network = HalfWeights(network, dtype).network if fused and dtype is not None else network
 
-    def _output(self, x: Tensor, index: Tensor) -> Tensor:
-        if self.fused:
-            return fused_unet(self.network, x, index)
-        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return self.network(x, index, return_dict=False)[0]
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, terms: Tensor) -> Tensor:
         dtype = torch.promote_types(next(self.network.parameters()).dtype, torch.float32)
-        index = shown_to(x, self.schedule.num_train_steps * t - 1).to(dtype)
-        output = self._output(x.to(dtype), index)[:, : x.shape[1]].to(x.dtype)
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        if self.prediction == "epsilon":
-            output = (x - sigma * output) / alpha
-        elif self.prediction == "v_prediction":
-            output = alpha * x - sigma * output
-        return output if self.clip is None else output.clamp(-self.clip, self.clip)
+        given, index = x.to(dtype), (self.num_train_steps * t - 1).to(dtype)
+        if self.fused:
+            output: Tensor = fused_unet(self.network, given, index)
+        else:
+            with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                output = self.network(given, index, return_dict=False)[0]
+        return output[:, None, : x.shape[1]]
 
 
 def is_imported(folder: Path) -> bool:

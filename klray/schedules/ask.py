@@ -18,6 +18,7 @@ from klray import registry
 from klray.config import MOST_STEPS
 from klray.core.finish import solve
 from klray.core.schedule import Schedule, VPLinear
+from klray.core.solver_parameters import SolverParameters
 from klray.errors import UserError
 from klray.schedules.fit_settings import FitSettings
 from klray.schedules.learners import Learner
@@ -200,7 +201,14 @@ def check_ask(ask: Ask, jobs: Sequence[Job]) -> None:
         try:
             blank = torch.zeros(1, 1, 1, 1)
             once = registry.entry("time grid", "logsnr")(VPLinear(), 1)
-            solve(registry.entry("solver", job.solver), lambda x, t: x, VPLinear(), blank, once, options=job.options)
+            solve(
+                registry.entry("solver", job.solver),
+                lambda x, t: x,
+                VPLinear(),
+                blank,
+                SolverParameters(once),
+                options=job.options,
+            )
         except ValueError as error:
             raise AskError(f"{job.solver}: {error}") from error
         if job.nfe >= ask.teacher_nfe:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from klray.core.schedule import Schedule
-from klray.core.solvers.path import interpolation_weights, multistep_orders, phi
+from klray.core.solvers.trajectory import interpolation_weights, multistep_orders, phi_function
 from klray.core.timesteps import TIMESTEPS
 
 # The first steps' errors are added up one by one. The paper does so for N <= 7 against instability; for all N it makes
@@ -85,7 +85,7 @@ def dmn_weights(lam: Tensor, orders: Sequence[int]) -> Tensor:
         n = torch.tensor([step for step in range(num_steps) if orders[step] == order], device=lam.device)
         h = lam[..., n + 1] - lam[..., n]  # [..., steps of this order]
         nodes = [lam[..., n - back] - lam[..., n] for back in range(order)]
-        moments = [math.factorial(k) * h ** (k + 1) * phi(k + 1, -h) for k in range(order)]
+        moments = [math.factorial(k) * h ** (k + 1) * phi_function(k + 1, -h) for k in range(order)]
         for back, weight in enumerate(interpolation_weights(nodes, moments)):
             weights[..., n, n - back] = torch.exp(lam[..., n + 1]) * weight
     return weights

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from klray.build import Grid, build_sampler
+from klray.build import build_sampler
 from klray.config import Sampling
 from klray.core.schedule import Schedule
+from klray.core.solver_parameters import SolverParameters
 from klray.errors import UserError
 from klray.schedules.store import DMN, GITS, LEARNED, check, find, home_of, read
 
@@ -40,7 +41,9 @@ def is_grid_file(name: str) -> bool:
     return Path(name).suffix in (".json", ".pt", ".pth")
 
 
-def grid_of(timesteps: str | None, model: SampledModel, asked: Sampling, *, force: bool = False) -> Grid | None:
+def grid_of(
+    timesteps: str | None, model: SampledModel, asked: Sampling, *, force: bool = False
+) -> SolverParameters | None:
     """What ``--timesteps`` names: the grid learned for this, the GITS or DMN grid that it was measured against, the one
     in a file; None for the name of a fixed grid.
 
@@ -62,7 +65,7 @@ def grid_of(timesteps: str | None, model: SampledModel, asked: Sampling, *, forc
         baselines = read(file).baselines
         if timesteps not in baselines:
             raise GridError(f"{file} has no {timesteps} grid: it was measured against {', '.join(baselines)}")
-        return Grid(baselines[timesteps]["timesteps"])
+        return SolverParameters(baselines[timesteps]["timesteps"])
     file = Path(timesteps)
     grid = read_grid(file, model.schedule)
     if not force and file.suffix == ".json" and "format" in _from_json(file):
@@ -72,7 +75,7 @@ def grid_of(timesteps: str | None, model: SampledModel, asked: Sampling, *, forc
     return grid
 
 
-def read_grid(path: Path, schedule: Schedule) -> Grid:
+def read_grid(path: Path, schedule: Schedule) -> SolverParameters:
     """A grid of N + 1 points from noise to data, both ends included.
 
     .json: a list of times t, or an object with one of the lists ``t``, ``edm_sigma`` (sigma/alpha, as GITS and AYS
@@ -96,7 +99,7 @@ def read_grid(path: Path, schedule: Schedule) -> Grid:
         raise GridError(f"{path}: the network needs a time for each of the {len(solver)} points, got {len(network)}")
     if any(later >= earlier for earlier, later in pairwise(solver)):
         raise GridError(f"{path}: times must fall strictly, from noise to data; edm_sigma falls too, lam rises")
-    return Grid(solver, network, _factors(path, scale, len(solver) - 1))
+    return SolverParameters(solver, network, _factors(path, scale, len(solver) - 1))
 
 
 def _times(path: Path, lists: dict[str, Any], schedule: Schedule) -> list[float] | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from klray.cluster.connect import connect
+from klray.cluster.jobs import JobProgress, run_missing
 from klray.config import flatten
 from klray.core.timesteps import TIMESTEPS
 from klray.evaluation.cells import Yardstick, describe, evaluate_cells, open_evaluation
@@ -23,14 +24,13 @@ from klray.sampling.draw import Drawing, sampling_of
 from klray.sampling.model import Model
 from klray.schedules.ask import Ask, Job
 from klray.schedules.grid_files import grid_of
-from klray.schedules.pool import Ld3Pool, pool_size
-from klray.schedules.progress import Ld3Progress
+from klray.schedules.pool import Ld3Kind, learned, pool_size
+from klray.schedules.records import Ld3Records
 from klray.schedules.shared_pairs import taught
-from klray.schedules.store import DMN, GITS, LEARNED, StoredSchedule, differences, file_of, read, stored
+from klray.schedules.store import DMN, GITS, LEARNED, StoredSchedule, differences, file_of, read, stored, stored_for
 from klray.schedules.table import best_fixed, rows_of, write_csv
-from klray.tracking.mlflow_upload import resolve_uri
 from klray.tracking.parent_run import parent_run
-from klray.tracking.state import load_state
+from klray.tracking.state import asked_uri, load_state
 
 Row = dict[str, Any]
 BATCH = 64  # images that are drawn at once
@@ -80,19 +80,20 @@ class Ld3Job:
 
     def plan(self) -> tuple[list[Job], list[str]]:
         """The jobs that are still to be learned, and in words those whose schedule was learned with other settings."""
+        described = self.ask.described()
         missing, other = [], []
         for job in self.jobs:
-            file = self._file(job)
-            kept = read(file) if file.exists() else None
-            changed = [] if kept is None else kept.same_training(self.ask.described())
+            kept = stored_for(self.home, self.model.fingerprint, *job.use)
+            changed = [] if kept is None else kept.same_training(described)
             other += [f"{job.name} ({'; '.join(changed)})"] if changed else []
-            if kept is None or changed or str(job.seed) not in kept.training.get("seeds", {}):
+            if not learned(kept, self.ask, job):
                 missing.append(job)
         return missing, other
 
     def schedules(self) -> list[StoredSchedule]:
         """Those of the jobs that there are, one for the seeds of each."""
-        files = dict.fromkeys(self._file(job) for job in self.jobs)
+        model = self.model.fingerprint
+        files = dict.fromkeys(file_of(self.home, model, job.solver, job.options, job.nfe) for job in self.jobs)
         return [read(file) for file in files if file.exists()]
 
     def run(self, missing: Sequence[Job], show: Callable[[str], None]) -> tuple[dict[str, str], list[Row]]:
@@ -108,8 +109,7 @@ class Ld3Job:
         described = {"model": self.model.fingerprint, **self.ask.described()}
         now = flatten(described)
         state = load_state(self.home)
-        asked = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or (state.uri if state else None)
-        uri = None if asked == "off" else resolve_uri(asked, Path.cwd())
+        uri = asked_uri(self.uri, state)
         name = self.folder.name
         experiment = state.experiment if state else name
         parent = self.home if state is not None and state.uri == uri else None
@@ -129,9 +129,9 @@ class Ld3Job:
                 pairs, costs = taught(self.home / "ld3" / "pairs", self.model, self.ask, workers=workers, show=show)
                 config = self.model.config
                 process = {} if config is None else config.process.model_dump(mode="json")
-                pool = Ld3Pool(self.model, self.home, self.ask, process, workers)
-                with Ld3Progress(folder / "trials", missing, self.ask.iterations, now, show) as progress:
-                    failures = pool.run(missing, pairs, costs, progress)
+                with closing(Ld3Records(folder / "trials", now)) as records:
+                    kind = Ld3Kind(self.model, self.home, self.ask, process, pairs, costs, records, workers)
+                    failures = run_missing(kind, missing, JobProgress(show, [kind.cost(job) for job in missing]))
             self._write_losses(folder, writer)
             if self.measuring is not None and reference is not None and self.schedules():
                 run = open_evaluation(
@@ -149,9 +149,6 @@ class Ld3Job:
                 writer.metrics(self.measuring.yardstick.num_samples, _named(quality))
             writer.status("FAILED" if failures else "FINISHED")
         return failures, quality
-
-    def _file(self, job: Job) -> Path:
-        return file_of(self.home, self.model.fingerprint, job.solver, job.options, job.nfe)
 
     def _write_losses(self, folder: Path, writer: RecordWriter) -> None:
         rows = rows_of([each for _, each in stored(self.home) if each.model == self.model.fingerprint])

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from klray import registry
 from klray.core.denoiser import Denoiser
 from klray.core.finish import solve
-from klray.core.learned_timesteps import scaled
-from klray.core.schedule import Schedule
+from klray.core.schedule import Schedule, VPLinear
+from klray.core.solver_parameters import SolverParameters
+from klray.core.solvers import Solver
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LearnedSchedule:
     Attributes:
         solver, nfe, options: what it was learned for; options are those the user chose.
         timesteps, model_timesteps, lam: [N + 1] each, lam of the solver's times.
-        scale: [N], the factors on the noise estimate (see ``klray.core.learned_timesteps.scaled``); None without.
+        scale: [N], the factors on the noise estimate (see ``SolverParameters``); None without.
         start: which grid the fit began at.
         learned: whether learning beat it; else the grid is the start itself.
         validation_loss, start_losses: mean loss on the validation pairs, of this grid and of every start.
@@ -46,19 +46,33 @@ class LearnedSchedule:
     statistics: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def parameters(self) -> SolverParameters:
+        """What was learned, for ``solve``."""
+        return SolverParameters(self.timesteps, self.model_timesteps, self.scale)
+
     def sample(self, denoiser: Denoiser, schedule: Schedule, noise: Tensor) -> Tensor:
         """Unit noise [B, C, H, W] -> images, finished as the fit's were."""
-        timesteps, model_timesteps = (
-            torch.tensor(each, dtype=torch.float64, device=noise.device)
-            for each in (self.timesteps, self.model_timesteps)
-        )
-        if self.scale is not None:
-            scale = torch.tensor(self.scale, dtype=torch.float64, device=noise.device)
-            denoiser = scaled(denoiser, schedule, model_timesteps, scale)
-        solver = registry.entry("solver", self.solver)
-        options = {**self.options, **solver.plan(self.nfe)[1]}
-        final = self.settings.get("final", "denoise")
-        return solve(solver, denoiser, schedule, noise, timesteps, model_timesteps, options=options, final=final)
+        solver, options, final = self._how()
+        return solve(solver, denoiser, schedule, noise, self.parameters.to(noise.device), options=options, final=final)
+
+    def to_diffusers(self, schedule: Schedule | None = None, **config: Any) -> Any:
+        """A scheduler for diffusers' pipelines whose network is shown 1000 t - 1, as DDPMPipeline(unet, scheduler),
+        called with ``num_inference_steps`` = the NFE.
+
+        Args:
+            schedule: the model's noise levels; None: those of klray's VP models by default.
+            config: ``num_train_timesteps``, ``prediction_type``, as of diffusers' schedulers.
+        """
+        from klray.schedules.diffusers_scheduler import SolverScheduler
+
+        solver, options, final = self._how()
+        return SolverScheduler(**config).of(solver, self.parameters, schedule or VPLinear(), options, final)
+
+    def _how(self) -> tuple[Solver, dict[str, Any], str]:
+        """The solver, its keywords at this NFE, and what becomes of the noise that is left."""
+        solver: Solver = registry.entry("solver", self.solver)
+        return solver, {**self.options, **solver.plan(self.nfe)[1]}, self.settings.get("final", "denoise")
 
     def to_json(self) -> str:
         """As an object with a key for each attribute; floats keep every bit."""

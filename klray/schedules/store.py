@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from klray import registry
 from klray.config import flatten
 from klray.errors import UserError
+from klray.runs.whole_file import write_whole
 
 FORMAT = 1
 LEARNED, GITS, DMN = "learned", "gits", "dmn"  # what --timesteps takes from the store
@@ -88,17 +88,15 @@ def json_text(schedule: StoredSchedule) -> str:
 
 
 def keep(home: Path, schedule: StoredSchedule) -> Path:
-    """Writes a schedule aside and renames it; one that is there is replaced.
+    """Writes a schedule; one that is there is replaced.
 
     Raises:
         StoreError: where the folder cannot be written to.
     """
     file = file_of(home, schedule.model, schedule.solver, schedule.options, schedule.nfe)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json_text(schedule))
-        aside.replace(file)
+        write_whole(file, json_text(schedule))
     except OSError as error:
         raise StoreError(f"cannot write to {file.parent}: {error.strerror}") from error
     return file
@@ -122,6 +120,12 @@ def read(file: Path) -> StoredSchedule:
         reason = " ".join(str(error).split())[:200]
         raise StoreError(f"{file} is no whole learned schedule ({reason}); delete it and learn it again") from error
     return schedule
+
+
+def stored_for(home: Path, model: str, solver: str, nfe: int, options: Mapping[str, Any]) -> StoredSchedule | None:
+    """The schedule for exactly this, where there is one; raises as ``read``."""
+    file = file_of(home, model, solver, options, nfe)
+    return read(file) if file.exists() else None
 
 
 def stored(home: Path) -> list[tuple[Path, StoredSchedule]]:

@@ -40,18 +40,8 @@ class Student:
         self.final = final
 
     def __call__(self, noise: Tensor) -> Tensor:
-        timesteps, model_timesteps = self.times()
-        denoiser = self.times.scaled(self.denoiser, model_timesteps)
-        return solve(
-            self.solver,
-            denoiser,
-            self.schedule,
-            noise,
-            timesteps,
-            model_timesteps,
-            options=self.options,
-            final=self.final,
-        )
+        chosen = self.times.parameters_now()
+        return solve(self.solver, self.denoiser, self.schedule, noise, chosen, options=self.options, final=self.final)
 
 
 def _recomputed(denoiser: Denoiser) -> Denoiser:

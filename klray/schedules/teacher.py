@@ -19,6 +19,7 @@ from klray import registry
 from klray.core.denoiser import Denoiser
 from klray.core.finish import solve
 from klray.core.schedule import Schedule
+from klray.core.solver_parameters import SolverParameters
 from klray.errors import UserError
 from klray.parallel.random import Purpose, normal
 
@@ -100,14 +101,14 @@ class Teacher:
         """
         if not seeds:
             raise ValueError("a teacher needs at least one seed")
-        timesteps = torch.tensor(self.timesteps, dtype=torch.float64, device=device)
+        many = SolverParameters(self.timesteps).to(torch.device(device))
         parts = []
         for first in range(0, len(seeds), batch_size):
             batch = list(seeds[first : first + batch_size])
             padded = torch.tensor(batch + batch[:1] * (batch_size - len(batch)), device=device)
             noise = normal(0, 0, Purpose.SAMPLE, padded, shape).to(dtype)
             solver = registry.entry("solver", self.solver)
-            images = solve(solver, denoiser, schedule, noise, timesteps, options=self.options, final=self.final)
+            images = solve(solver, denoiser, schedule, noise, many, options=self.options, final=self.final)
             parts.append(TeacherPairs(noise[: len(batch)].cpu(), images[: len(batch)].cpu()))
         return TeacherPairs.cat(parts)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from klray.errors import UserError
+from klray.runs.whole_file import write_whole
 
 STATE_FILE = "mlflow.json"
 TITLE_TAG = "klray.title"  # how MLflow shows a run, where its folder's name says less
@@ -62,10 +63,8 @@ class UploadState:
         return replace(self, **{name: getattr(kept, name) for name in known})
 
     def save(self, run_dir: Path) -> None:
-        """Writes RUN_DIR/mlflow.json aside and renames it."""
-        aside = run_dir / f".{STATE_FILE}.{os.getpid()}.tmp"
-        aside.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        aside.replace(run_dir / STATE_FILE)
+        """Writes RUN_DIR/mlflow.json."""
+        write_whole(run_dir / STATE_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def load_state(run_dir: Path) -> UploadState | None:
@@ -83,6 +82,16 @@ def load_state(run_dir: Path) -> UploadState | None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         message = f"{run_dir / STATE_FILE} cannot be read ({error}); remove it, and the run is sent as a new one"
         raise TrackingError(message) from error
+
+
+def asked_uri(asked: str | None, kept: UploadState | None = None) -> str | None:
+    """Where a command's MLflow is: as it asks, else as MLFLOW_TRACKING_URI says, else where ``kept`` is; None for off.
+
+    Raises:
+        TrackingError: as ``resolve_uri``, whose default counts where nothing says more.
+    """
+    uri = asked or os.environ.get("MLFLOW_TRACKING_URI") or (kept.uri if kept else None)
+    return None if uri == "off" else resolve_uri(uri, Path.cwd())
 
 
 def resolve_uri(uri: str | None, base: Path) -> str:

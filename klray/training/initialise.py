@@ -12,7 +12,7 @@ from klray.build import build_network
 from klray.config import Config, ConfigError, override
 from klray.errors import UserError
 from klray.networks.terms import TermNetwork
-from klray.networks.weights import start_from_baseline
+from klray.networks.weights import PREDICTION_TYPES, start_from_baseline
 from klray.runs.checkpoint import load_network
 
 
@@ -25,7 +25,8 @@ def initialise(config: Config, network: TermNetwork, warn: Callable[[str], None]
     if config.network.init_from is None:
         return
     try:
-        exact = start_from_baseline(network, _baseline(Path(config.network.init_from)), config.loss.prediction)
+        weights = _baseline(Path(config.network.init_from), config.loss.prediction)
+        exact = start_from_baseline(network, weights, config.loss.prediction)
     except UserError:
         raise
     except ValueError as error:
@@ -51,7 +52,8 @@ def checked_start(config: Config, root: Path = Path()) -> Config:
     return config
 
 
-def _baseline(path: Path) -> dict[str, Tensor]:
+def _baseline(path: Path, prediction: str) -> dict[str, Tensor]:
+    """Its weights; a diffusers folder is taken to hold what ``prediction`` asks for."""
     for folder in (path / "unet", path):
         if (folder / "diffusion_pytorch_model.safetensors").is_file():
             from diffusers import UNet2DModel
@@ -61,7 +63,11 @@ def _baseline(path: Path) -> dict[str, Tensor]:
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise ConfigError(f"network.init_from: {folder} holds no readable UNet2DModel: {reason}") from error
-    _, network = load_network(path)
+    config, network = load_network(path)
     if network.num_terms != 1:
         raise ConfigError(f"network.init_from must be a baseline (one term), {path} has M = {network.num_terms}")
+    kinds = [PREDICTION_TYPES.get(each, each) for each in (config.loss.prediction, prediction)]
+    if kinds[0] != kinds[1]:
+        rule = f"network.init_from must be a baseline of loss.prediction {prediction}"
+        raise ConfigError(f"{rule}, {path} has {config.loss.prediction}; give another, or the same prediction")
     return network.backbone.state_dict()

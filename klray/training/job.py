@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer, get_device
 
 from klray.cluster.connect import cluster_size, cpu_share
 from klray.cluster.group import JoinedByWorkers, join_group, open_store, taken_away
+from klray.cluster.jobs import not_shared
 from klray.config import Config
 from klray.data.sources import ImageData
 from klray.errors import RunError, StoppedError, UserError
@@ -265,8 +266,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         blind = _blind_machines(settings["run_dir"], size)
         if blind:
             return {
-                "error": f"{settings['run_dir']} must be in a folder that all machines share, {', '.join(blind)} "
-                "does not see it; name one by --runs or --studies",
+                "error": not_shared(settings["run_dir"], blind, "--runs or --studies"),
                 "diverged": False,
             }
         mesh_shape = (size // basis_size, basis_size)

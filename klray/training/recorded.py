@@ -18,7 +18,7 @@ from klray.data.sources import ImageData
 from klray.parallel.mesh import Mesh
 from klray.runs.progress import budget_used
 from klray.runs.records import RecordWriter, status_after
-from klray.runs.run_dir import Turn
+from klray.runs.run_dir import Fence
 from klray.runs.train_state import Progress
 from klray.tracking.note import run_note
 from klray.tracking.state import NOTE_TAG, load_state
@@ -50,7 +50,7 @@ def train_and_record(
     mesh = Mesh.create(*mesh_shape, device.type)
     cost = cost_of(config, build_network(config))
     with ExitStack() as stack:
-        turn = Turn(run_dir) if mesh.rank == 0 else None
+        fence = Fence(run_dir) if mesh.rank == 0 else None
         writer = stack.enter_context(RecordWriter(run_dir)) if mesh.rank == 0 else None
         if writer is not None:
             writer.status("RUNNING")
@@ -69,8 +69,8 @@ def train_and_record(
             if "perf/network_evals_per_s" in metrics:
                 rate = metrics["perf/network_evals_per_s"]
                 metrics |= utilisation(rate, cost["cost.flops_per_eval"], mesh.size, device) | gpu_busy(device)
-            if turn is not None:
-                turn.check()  # also before each checkpoint: a report goes before it
+            if fence is not None:
+                fence.check()  # also before each checkpoint: a report goes before it
             if writer is not None:
                 record_scores(run_dir, writer, scored)
             if writer is not None and metrics:
@@ -103,7 +103,7 @@ def train_and_record(
             status = status_after(type(error))
             raise
         finally:
-            if writer is not None and turn is not None and not turn.lost():
+            if writer is not None and fence is not None and not fence.lost():
                 writer.tags({NOTE_TAG: run_note(config, run_dir)})
                 writer.status(status)
     return progress

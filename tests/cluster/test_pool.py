@@ -196,7 +196,7 @@ def test_an_early_end_leaves_nothing() -> None:
     assert free_cpus() < before
     workers = pool_workers()
     assert len(workers) == 2
-    outcomes.close()  # type: ignore[attr-defined]
+    outcomes.close()
     assert free_cpus() == before
     assert not psutil.wait_procs(workers, timeout=5)[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,21 @@ def test_a_run_of_them_goes_on_bit_for_bit(folder: Path) -> None:
     tensors = [load_file(max(run.path.glob("checkpoints/*/training.safetensors"))) for run in (whole, parts)]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+@pytest.mark.slow
+def test_rays_workers_find_them_too(folder: Path) -> None:
+    """Training and learning a schedule on Ray, started as a user does, from the folder that holds the files."""
+    sets = [part for key, value in OWN.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    train = ["klray.train", "--config", "digits", "--name", "own", "--workers", "1", *sets]
+    learn = ["klray.ld3", "--checkpoint", "runs/own", "--solvers", "own_solver:damped", "--nfe", "3", "--workers", "1"]
+    learn += ["--optimizer", "own_learner:plain", "--tracking-uri", "off"]
+    draw = ["klray.sample", "--checkpoint", "runs/own", "--solver", "own_solver:damped", "--nfe", "3", "--seeds", "0-3"]
+    draw += ["--timesteps", "learned", "--out", "drawn.npz"]
+    for command in (train, learn, draw):
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert Path("drawn.npz").exists()
 
 
 def test_names_that_lead_nowhere_are_one_line(folder: Path) -> None:

@@ -1065,7 +1065,7 @@ def test_one_name_means_one_comparison(
 ) -> None:
     base = load_config("digits", ["budget.unit=network_evals"])
     kept = {
-        "base": base.identity() | {"budget": base.budget.model_dump()},
+        "base": base.defining() | {"budget": base.budget.model_dump()},
         "baseline": "vp",
         "arms": {name: dict(read_arm(name, base).changes) for name in ("vp", "kl4")},
         "rates": 5,

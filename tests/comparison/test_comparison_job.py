@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import pytest
 
+from klray.cluster import jobs as jobs_module
+from klray.cluster.jobs import JobProgress
 from klray.cluster.pool import Outcome
 from klray.comparison import job as job_module
 from klray.comparison.arms import Arm, read_arms
@@ -29,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             rates[run.name] = run.config.optimizer.lr
             yield Outcome(index, FINISHED)
 
-    monkeypatch.setattr(job_module, "run_jobs", run_jobs)
+    monkeypatch.setattr(jobs_module, "run_jobs", run_jobs)
     monkeypatch.setattr(job_module, "cluster_size", lambda: (16, 0))
     monkeypatch.setattr(job_module, "runs_at_once", lambda workers, unit, part: 16 // workers)
     monkeypatch.setattr(job_module, "cpu_share", lambda workers: 16 // workers)
@@ -46,7 +48,7 @@ def arms(*names: str) -> dict[Arm, Config]:
 
 
 def job(folder: Path) -> ComparisonJob:
-    return ComparisonJob(folder, cast(SharedImages, None), 1, {}, lambda name, state, metrics: None)
+    return ComparisonJob(folder, cast(SharedImages, None), 1, {}, JobProgress(lambda line: None, []))
 
 
 def test_every_run_has_the_same_share_of_the_cpus(tmp_path: Path, asked: list[dict[str, Any]]) -> None:

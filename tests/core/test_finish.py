@@ -14,6 +14,7 @@ from klray.core.finish import solve
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.learned_timesteps import LearnedTimesteps
 from klray.core.schedule import EDM, Schedule, VPCosine, VPDiscrete, VPLinear
+from klray.core.solver_parameters import SolverParameters
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.schedules.student import Student
@@ -42,7 +43,15 @@ def constant(x: Tensor, t: Tensor) -> Tensor:
 def of(name: str, denoiser: Any, schedule: Schedule, grid: str = "logsnr", **keywords: Any) -> Tensor:
     num_steps, orders = SOLVERS[name].plan(NFE)
     times = TIMESTEPS[grid](schedule, num_steps)
-    return solve(SOLVERS[name], denoiser, schedule, keywords.pop("x", noise()), times, options=orders, **keywords)
+    return solve(
+        SOLVERS[name],
+        denoiser,
+        schedule,
+        keywords.pop("x", noise()),
+        SolverParameters(times),
+        options=orders,
+        **keywords,
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -103,7 +112,7 @@ def test_a_last_step_of_higher_order_is_not_undone(name: str, grid: str) -> None
 
 
 def test_a_grid_that_ends_without_noise_is_left_alone() -> None:
-    grid = torch.tensor([1.0, 0.5, 0.1, 0.0], dtype=torch.float64)
+    grid = SolverParameters([1.0, 0.5, 0.1, 0.0])
     denoiser = MixtureDenoiser(LINEAR, noise(3, 1, 4, 4), torch.tensor([0.3, 0.5, 0.4]).double())
     both = [solve(SOLVERS["ddim"], denoiser, LINEAR, noise(), grid, final=final) for final in ("denoise", "keep")]
     torch.testing.assert_close(*both, rtol=1e-12, atol=1e-12)
@@ -118,9 +127,8 @@ def test_what_is_learned_is_what_is_drawn(recompute: bool) -> None:
     options = {"variant": "bh2"}
     for final in ("denoise", "keep"):
         student = Student(constant, LINEAR, SOLVERS["unipc_3"], options, times, recompute, final)
-        grid, shown = times()
-        factored = times.scaled(constant, shown)
-        drawn = solve(SOLVERS["unipc_3"], factored, LINEAR, noise(), grid, shown, options=options, final=final)
+        chosen = times.parameters_now()
+        drawn = solve(SOLVERS["unipc_3"], constant, LINEAR, noise(), chosen, options=options, final=final)
         assert torch.equal(student(noise()), drawn)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from klray.core.analytic import MixtureDenoiser
 from klray.core.karhunen_loeve import KarhunenLoeve
-from klray.core.learned_timesteps import SPACES, LearnedTimesteps, scaled
+from klray.core.learned_timesteps import SPACES, LearnedTimesteps
 from klray.core.schedule import EDM, Schedule, VPCosine, VPDiscrete, VPLinear
+from klray.core.solver_parameters import SolverParameters
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.schedules.student import Student
@@ -186,7 +187,7 @@ def test_the_scale_multiplies_the_noise_estimate_of_its_step(name: str) -> None:
     def solve(denoiser: Any) -> Tensor:
         return SOLVERS[name].sample(denoiser, LINEAR, noise, grid, grid, **orders)
 
-    assert torch.equal(solve(scaled(denoiser, LINEAR, grid, scale)), solve(denoiser))
+    assert torch.equal(solve(SolverParameters(grid, scale=scale).factored(denoiser, LINEAR)), solve(denoiser))
     scale[1] = 1.1
 
     def wrong(x: Tensor, t: Tensor) -> Tensor:
@@ -194,7 +195,9 @@ def test_the_scale_multiplies_the_noise_estimate_of_its_step(name: str) -> None:
         eps = (x - alpha * denoiser(x, t)) / sigma
         return (x - sigma * eps * (1.1 if grid[2] < t <= grid[1] else 1.0)) / alpha
 
-    torch.testing.assert_close(solve(scaled(denoiser, LINEAR, grid, scale)), solve(wrong), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        solve(SolverParameters(grid, scale=scale).factored(denoiser, LINEAR)), solve(wrong), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_wrong_arguments_are_named() -> None:

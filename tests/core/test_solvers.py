@@ -15,7 +15,7 @@ from klray.core.analytic import MixtureDenoiser, gaussian_flow
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.schedule import EDM, Schedule, VPCosine, VPDiscrete, VPLinear
 from klray.core.solvers import SOLVERS
-from klray.core.solvers.path import interpolation_weights, phi
+from klray.core.solvers.trajectory import interpolation_weights, phi_function
 from klray.core.timesteps import TIMESTEPS
 
 NAMES = [
@@ -348,7 +348,7 @@ def test_phi_against_quadrature() -> None:
     for k in (1, 2, 3, 4):
         for z in (-9.0, -1.0, -0.99, -1e-3, 1e-6, 0.5, 1.0, 4.0):
             expected = quad(lambda s: math.exp((1 - s) * z) * s ** (k - 1) / math.factorial(k - 1), 0, 1)[0]  # noqa: B023
-            assert float(phi(k, moment(z))) == pytest.approx(expected, rel=1e-12)
+            assert float(phi_function(k, moment(z))) == pytest.approx(expected, rel=1e-12)
 
 
 def test_interpolation_weights_integrate_polynomials_exactly() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from klray.build import Grid, build_sampler
+from klray.build import build_sampler
+from klray.core.solver_parameters import SolverParameters
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.sampling.draw import sample_images, sampling_of
@@ -32,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def drawn(model: Model, device: torch.device, solver: str, nfe: int, grid: Grid | None = None) -> Tensor:
+def drawn(model: Model, device: torch.device, solver: str, nfe: int, grid: SolverParameters | None = None) -> Tensor:
     sampler = build_sampler(sampling_of(model, grid, solver=solver, nfe=nfe), grid)
     return sample_images(model.denoiser, model.schedule, sampler, range(4), model.shape, batch_size=4, device=device)
 
@@ -52,10 +53,10 @@ def assert_drawn_alike(folder: Path, device: torch.device, solver: str, learned:
     assert found[MANY].beyond(found[FEW], steps[MANY] - steps[FEW], "read", "upload") == {}
 
 
-def learned_grid(model: Model, steps: int) -> Grid:
+def learned_grid(model: Model, steps: int) -> SolverParameters:
     times = TIMESTEPS["edm"](model.schedule, steps).tolist()
     shown = [times[0], *(0.98 * t for t in times[1:-1]), times[-1]]
-    return Grid(times, shown, [1 + 0.1 * (-1) ** i for i in range(steps)])
+    return SolverParameters(times, shown, [1 + 0.1 * (-1) ** i for i in range(steps)])
 
 
 @pytest.fixture(scope="module")

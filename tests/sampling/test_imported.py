@@ -30,8 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from klray import sample
-from klray.build import Grid, build_sampler
+from klray.build import build_sampler
 from klray.config import ConfigError, Sampling
+from klray.core.solver_parameters import SolverParameters
 from klray.parallel.mesh import Mesh
 from klray.runs.checkpoint import CheckpointError
 from klray.sampling.model import Model, load_model
@@ -77,7 +78,7 @@ def output_of_diffusers(folder: Path, num_steps: int, *, use_clipped: bool, **sc
 
 def output_of_klray(model: Model, points: list[float], final: str = "denoise") -> Tensor:
     """The ddim sampler's images on this grid, from the same noise, in [0, 1]."""
-    sampler = build_sampler(Sampling.model_validate({"solver": "ddim", "final": final}), Grid(points))
+    sampler = build_sampler(Sampling.model_validate({"solver": "ddim", "final": final}), SolverParameters(points))
     level = model.schedule.sigma(torch.tensor(points[0], dtype=torch.float64))
     with torch.no_grad():
         images = sampler.sample(model.denoiser, model.schedule, start(model.shape[0]) / level)

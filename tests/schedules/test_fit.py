@@ -16,6 +16,7 @@ from klray.core.analytic import MixtureDenoiser
 from klray.core.finish import solve
 from klray.core.learned_timesteps import LearnedTimesteps
 from klray.core.schedule import VPLinear
+from klray.core.solver_parameters import SolverParameters
 from klray.core.solvers import SOLVERS
 from klray.core.timesteps import TIMESTEPS
 from klray.parallel.random import Purpose, normal
@@ -76,7 +77,7 @@ def error(schedule: LearnedSchedule, pairs: TeacherPairs) -> float:
 def test_pairs_are_the_images_that_sampling_gives_to_their_seeds(pairs: TeacherPairs) -> None:
     torch.testing.assert_close(pairs.noise, normal(0, 0, Purpose.SAMPLE, torch.arange(20), SHAPE))
     grid = TIMESTEPS["logsnr"](LINEAR, 60)
-    x = solve(SOLVERS["dpm_solver_pp_2m"], DENOISER, LINEAR, pairs.noise, grid)
+    x = solve(SOLVERS["dpm_solver_pp_2m"], DENOISER, LINEAR, pairs.noise, SolverParameters(grid))
     torch.testing.assert_close(pairs.images, x)
     seven = {"shape": SHAPE, "batch_size": 7, "dtype": torch.float64}
     whole = TEACHER.pairs(DENOISER, LINEAR, range(20), **seven)
@@ -222,7 +223,7 @@ def test_what_is_returned_is_the_best_on_pairs_that_nothing_touched(pairs: Teach
     assert learned.validation_loss == pytest.approx(error(learned, pairs[12:]), rel=1e-9)
     assert learned.validation_loss < learned.start_losses[learned.start]
     for name, grid in STARTS.items():
-        fixed = solve(SOLVERS["ddim"], DENOISER, LINEAR, pairs.noise, grid)
+        fixed = solve(SOLVERS["ddim"], DENOISER, LINEAR, pairs.noise, SolverParameters(grid))
         assert learned.start_losses[name] == pytest.approx(float(l2(fixed, pairs.images)[12:].mean()), rel=1e-8)
     assert learned.lam == pytest.approx(LINEAR.lam(torch.tensor(learned.timesteps, dtype=torch.float64)).tolist())
 

@@ -16,7 +16,7 @@ from klray.core.analytic import MixtureDenoiser
 from klray.core.karhunen_loeve import KarhunenLoeve
 from klray.core.schedule import EDM, Schedule, VPCosine, VPDiscrete, VPLinear
 from klray.core.solvers import SOLVERS
-from klray.core.solvers.path import multistep_orders
+from klray.core.solvers.trajectory import multistep_orders
 from klray.core.timesteps import TIMESTEPS
 from klray.schedules.dmn import APART, dmn_grid, dmn_objective, dmn_weights
 from klray.schedules.gits import cost_matrix, gits_costs, gits_grid, gits_grid_from, shortest

@@ -21,13 +21,14 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from klray import evaluate, ld3, sample, train
+from klray.cluster.jobs import JobProgress, run_missing
 from klray.core.timesteps import TIMESTEPS
 from klray.runs.records import history, read_records
 from klray.sampling.model import load_model
 from klray.schedules.ask import Ask, Job, teacher_of
 from klray.schedules.fit_settings import FitSettings
-from klray.schedules.pool import Ld3Pool
-from klray.schedules.progress import Ld3Progress
+from klray.schedules.pool import Ld3Kind
+from klray.schedules.records import Ld3Records
 from klray.schedules.shared_pairs import taught
 from klray.schedules.store import StoredSchedule, stored
 from tests.models import unet
@@ -263,8 +264,8 @@ def test_a_job_that_fails_twice_is_told_and_the_others_go_on(run_dir: Path, tmp_
     lines: list[str] = []
     pairs, costs = taught(tmp_path / "pairs", model, ask, workers=2, show=lines.append)
     jobs = [Job("ddim", 3, {}), Job("heun", 5, {})]  # heun cannot spend 5: the command would have refused it
-    with Ld3Progress(tmp_path / "trials", jobs, ask.iterations, {}, lines.append) as progress:
-        failures = Ld3Pool(model, tmp_path / "home", ask, {}, 2).run(jobs, pairs, costs, progress)
+    kind = Ld3Kind(model, tmp_path / "home", ask, {}, pairs, costs, Ld3Records(tmp_path / "trials", {}), 2)
+    failures = run_missing(kind, jobs, JobProgress(lines.append, [3, 5]))
     assert list(failures) == ["heun-nfe005"] and "its NFE must be even" in failures["heun-nfe005"]
     assert any(line.startswith("heun-nfe005 failed: ") for line in lines)
     assert [each.solver for _, each in stored(tmp_path / "home")] == ["ddim"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from klray.build import Grid, build_sampler
+from klray.build import build_sampler
 from klray.config import Sampling
-from klray.core.learned_timesteps import scaled
 from klray.core.schedule import Schedule, VPLinear
+from klray.core.solver_parameters import SolverParameters
 from klray.core.solvers import SOLVERS
 from klray.schedules.grid_files import GridError, grid_of, read_grid
 from klray.schedules.store import StoredSchedule, StoreError, check, file_of, find, home_of, keep, read, stored
@@ -99,7 +99,7 @@ def test_timesteps_learned_is_the_grid_of_the_solver_and_nfe(tmp_path: Path) -> 
     assert home_of(model.folder) == tmp_path
     file = keep(tmp_path, RECORD)
     grid = grid_of("learned", model, ASKED)
-    assert grid == Grid(TIMES, SHOWN) == read_grid(file, model.schedule)
+    assert grid == SolverParameters(TIMES, SHOWN) == read_grid(file, model.schedule)
     assert grid_of("learned", model, ASKED.model_copy(update={"nfe": None, "num_steps": 4})) == grid
     assert grid_of("logsnr", model, ASKED) is None
     assert build_sampler(ASKED, grid).nfe == 4
@@ -110,7 +110,7 @@ def test_timesteps_learned_is_the_grid_of_the_solver_and_nfe(tmp_path: Path) -> 
 def test_timesteps_gits_is_the_grid_that_the_schedule_was_held_against(tmp_path: Path) -> None:
     other = [1.0, 0.6, 0.3, 0.04, 0.001]
     keep(tmp_path, replace(RECORD, baselines={"gits": {"loss": 0.2, "timesteps": other}}))
-    assert grid_of("gits", Sampled(tmp_path), ASKED) == Grid(other)
+    assert grid_of("gits", Sampled(tmp_path), ASKED) == SolverParameters(other)
     with pytest.raises(GridError, match="has no dmn grid: it was measured against gits"):
         grid_of("dmn", Sampled(tmp_path), ASKED)
     with pytest.raises(StoreError, match="no schedule is learned for unipc_3 at 5 NFE"):
@@ -119,13 +119,13 @@ def test_timesteps_gits_is_the_grid_that_the_schedule_was_held_against(tmp_path:
 
 def test_a_learned_schedules_file_is_refused_for_another_use(tmp_path: Path) -> None:
     file, model = keep(tmp_path, RECORD), Sampled(tmp_path)
-    assert grid_of(str(file), model, ASKED) == Grid(TIMES, SHOWN)
-    assert grid_of(str(file), model, Sampling(solver="unipc_3", num_steps=20)) == Grid(TIMES, SHOWN)
+    assert grid_of(str(file), model, ASKED) == SolverParameters(TIMES, SHOWN)
+    assert grid_of(str(file), model, Sampling(solver="unipc_3", num_steps=20)) == SolverParameters(TIMES, SHOWN)
     ddim = Sampling(solver="ddim", nfe=4)
     for other, asked in ((model, ddim), (Sampled(tmp_path, "b" * 16), ASKED)):
         with pytest.raises(StoreError, match="--force takes it anyway"):
             grid_of(str(file), other, asked)
-        assert grid_of(str(file), other, asked, force=True) == Grid(TIMES, SHOWN)
+        assert grid_of(str(file), other, asked, force=True) == SolverParameters(TIMES, SHOWN)
     check(file, RECORD.model, "unipc_3", {}, 4)
 
 
@@ -139,13 +139,15 @@ def test_a_learned_scale_is_used(tmp_path: Path) -> None:
     def denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return 0.5 * x * schedule.alpha(t)
 
-    factored = scaled(denoiser, schedule, shown, torch.tensor(factors, dtype=torch.float64))
+    factored = SolverParameters(times, shown, factors).factored(denoiser, schedule)
     x = schedule.sigma(times[0]) * noise
     expected = SOLVERS["unipc_3"].sample(factored, schedule, x, times, shown)
     asked = ASKED.model_copy(update={"final": "keep"})
     drawn = build_sampler(asked, grid).sample(denoiser, schedule, noise)
     assert torch.equal(drawn, expected)
-    assert not torch.equal(drawn, build_sampler(asked, Grid(TIMES, SHOWN)).sample(denoiser, schedule, noise))
+    assert not torch.equal(
+        drawn, build_sampler(asked, SolverParameters(TIMES, SHOWN)).sample(denoiser, schedule, noise)
+    )
 
 
 def test_what_differs_in_training_is_told() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from klray.core.solvers import ddim, deis, dpm_solver, dpm_solver_pp, heun, ipndm, sde_dpm_solver_pp, unipc
-from klray.core.solvers.path import multistep_orders
+from klray.core.solvers.trajectory import multistep_orders
 
 
 @dataclass(frozen=True)

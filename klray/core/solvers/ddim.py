@@ -9,7 +9,7 @@ from torch import Tensor
 
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
-from klray.core.solvers.path import Path
+from klray.core.solvers.trajectory import Trajectory
 
 
 def sample(
@@ -23,7 +23,7 @@ def sample(
     eta: float = 0.0,
     noise: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
-    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; grids and raises as ``Path``.
+    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; raises as ``Trajectory``.
 
     x_{i+1} = sigma_{i+1}/sigma_i x_i - alpha_{i+1} (e^{-h} - 1) x0_hat,   h = lam_{i+1} - lam_i
 
@@ -41,7 +41,7 @@ def sample(
         raise ValueError(f"eta must be from 0 to 1, got {eta}")
     if eta > 0 and noise is None:
         raise ValueError(f"eta must be 0 where no noise can be drawn, as in learning a schedule, got {eta}")
-    path = Path(denoiser, schedule, timesteps, model_timesteps, convert_with)
+    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, convert_with)
     for i in range(path.num_steps):
         x0_hat = path.x0_hat(x, i)
         if noise is None or eta == 0:
@@ -54,7 +54,7 @@ def sample(
     return x
 
 
-def step(path: Path, x: Tensor, x0_hat: Tensor, i: int) -> Tensor:
+def step(path: Trajectory, x: Tensor, x0_hat: Tensor, i: int) -> Tensor:
     """From point i to i + 1 with x0_hat held: exact for a constant x0_hat, and where the grid ends at sigma = 0."""
     decay = torch.expm1(path.lam[i] - path.lam[i + 1])
     return path.sigma[i + 1] / path.sigma[i] * x - path.alpha[i + 1] * decay * x0_hat

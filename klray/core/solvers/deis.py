@@ -11,7 +11,7 @@ from torch import Tensor
 
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
-from klray.core.solvers.path import Path, interpolation_weights, multistep_orders, phi
+from klray.core.solvers.trajectory import Trajectory, interpolation_weights, multistep_orders, phi_function
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def sample(
     lower_order_final: str = "never",
     convert_with: str = "net",
 ) -> Tensor:
-    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; grids and raises as ``Path``.
+    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; raises as ``Trajectory``.
 
     With y = x/alpha, rho = sigma/alpha: y' = y + sum_j C_j eps_{i-j},  C_j = int_{rho_i}^{rho_{i+1}} ell_j(s) drho,
     ell_j the Lagrange polynomials on the last ``order`` points in s = t (``variable`` "t") or s = log rho ("log_rho").
@@ -43,7 +43,7 @@ def sample(
         lower_order_final: never, always, or auto, which lowers the order towards the end only below 15 steps; see
             ``multistep_orders``.
     """
-    path = Path(denoiser, schedule, timesteps, model_timesteps, convert_with)
+    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, convert_with)
     weights = {"t": _weights_in_time, "log_rho": _weights_in_log_rho}[variable]
     history: list[Tensor] = []  # eps_hat, the newest first
     for i, step_order in enumerate(multistep_orders(path.num_steps, order, lower_order_final)):
@@ -55,7 +55,7 @@ def sample(
     return x
 
 
-def _weights_in_time(path: Path, i: int, order: int) -> list[Tensor]:
+def _weights_in_time(path: Trajectory, i: int, order: int) -> list[Tensor]:
     """C_j by Gauss-Legendre in lam, drho = -rho dlam. The points are many for the kinks in t(lam) of VPDiscrete."""
     if order == 1:
         return [torch.exp(-path.lam[i + 1]) - torch.exp(-path.lam[i])]
@@ -75,12 +75,12 @@ def _weights_in_time(path: Path, i: int, order: int) -> list[Tensor]:
     return weights
 
 
-def _weights_in_log_rho(path: Path, i: int, order: int) -> list[Tensor]:
+def _weights_in_log_rho(path: Trajectory, i: int, order: int) -> list[Tensor]:
     """C_j in closed form: with log rho = log rho_i + (1 - s) z, z = -h, s^k has the moment z rho_i k! phi_{k+1}(z)."""
     if order == 1:
         return [torch.exp(-path.lam[i + 1]) - torch.exp(-path.lam[i])]
     z = path.lam[i] - path.lam[i + 1]
     rho = torch.exp(-path.lam[i])
-    moments = [z * rho * math.factorial(k) * phi(k + 1, z) for k in range(order)]
+    moments = [z * rho * math.factorial(k) * phi_function(k + 1, z) for k in range(order)]
     nodes = [1 - (path.lam[i] - path.lam[i - j]) / z for j in range(order)]
     return interpolation_weights(nodes, moments)

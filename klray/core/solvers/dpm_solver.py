@@ -9,7 +9,7 @@ from torch import Tensor
 
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
-from klray.core.solvers.path import Path, phi, single_step_orders
+from klray.core.solvers.trajectory import Trajectory, phi_function, single_step_orders
 
 
 def sample(
@@ -23,7 +23,7 @@ def sample(
     orders: Sequence[int] | None = None,
     convert_with: str = "net",
 ) -> Tensor:
-    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1]; grids and raises as ``Path``.
+    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1]; grids and raises as ``Trajectory``.
 
     D(r) = alpha_r (x/alpha + (rho_r - rho) eps), rho = sigma/alpha, at the fraction r of the step in lam, h its length.
     Order 2: x' = D(1) - sigma' (e^h - 1) (eps(D(1/2)) - eps)
@@ -32,7 +32,7 @@ def sample(
 
     ``orders``: [N], the order and number of denoiser calls of each step; None: ``order`` for all.
     """
-    path = Path(denoiser, schedule, timesteps, model_timesteps, convert_with)
+    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, convert_with)
     for i, step_order in enumerate(single_step_orders(orders, path.num_steps, order)):
         eps, h = path.eps_hat(x, i), path.lam[i + 1] - path.lam[i]
         sigma = path.sigma[i + 1]
@@ -45,13 +45,15 @@ def sample(
             change = path.eps_hat_inside(third, i, 1 / 3) - eps
             alpha_inside, sigma_inside = path.inside(i, 2 / 3)
             z = 2 * h / 3
-            two_thirds = _held(path, x, eps, i, alpha_inside, sigma_inside) - 2 * sigma_inside * z * phi(2, z) * change
-            end = end - 1.5 * sigma * h * phi(2, h) * (path.eps_hat_inside(two_thirds, i, 2 / 3) - eps)
+            two_thirds = (
+                _held(path, x, eps, i, alpha_inside, sigma_inside) - 2 * sigma_inside * z * phi_function(2, z) * change
+            )
+            end = end - 1.5 * sigma * h * phi_function(2, h) * (path.eps_hat_inside(two_thirds, i, 2 / 3) - eps)
         x = end
     return x
 
 
-def _held(path: Path, x: Tensor, eps: Tensor, i: int, alpha: Tensor, sigma: Tensor) -> Tensor:
+def _held(path: Trajectory, x: Tensor, eps: Tensor, i: int, alpha: Tensor, sigma: Tensor) -> Tensor:
     """D: from point i to the given alpha and sigma, with eps held."""
     return alpha * (x / path.alpha[i] + (sigma / alpha - path.sigma[i] / path.alpha[i]) * eps)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
-from klray.core.solvers.path import Path, single_step_orders
+from klray.core.solvers.trajectory import Trajectory, single_step_orders
 
 
 def sample(
@@ -21,13 +21,13 @@ def sample(
     orders: Sequence[int] | None = None,
     convert_with: str = "net",
 ) -> Tensor:
-    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in 2 N denoiser calls; grids and raises as ``Path``.
+    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in 2 N denoiser calls; raises as ``Trajectory``.
 
     y_euler = y + (rho' - rho) eps(x; t_i),   y' = y + (rho' - rho) (eps(x; t_i) + eps(alpha' y_euler; t_{i+1})) / 2
 
     ``orders``: [N], 1 for a step of Euler, which a last step down to sigma = 0 has to be.
     """
-    path = Path(denoiser, schedule, timesteps, model_timesteps, convert_with)
+    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, convert_with)
     rho = path.sigma / path.alpha
     for i, order in enumerate(single_step_orders(orders, path.num_steps, 2)):
         slope = path.eps_hat(x, i)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
-from klray.core.solvers.path import Path, multistep_orders
+from klray.core.solvers.trajectory import Trajectory, multistep_orders
 
 ADAMS_BASHFORTH = {
     1: (1.0,),
@@ -27,12 +27,12 @@ def sample(
     order: int,
     convert_with: str = "net",
 ) -> Tensor:
-    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; grids and raises as ``Path``.
+    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; raises as ``Trajectory``.
 
     x'/alpha' = x/alpha + (rho' - rho) sum_j a_j eps_{i-j}, rho = sigma/alpha, the a_j those of order min(i + 1, order).
     They fit equal steps only, so on other grids the global order is at most 2; the method is used for its small errors.
     """
-    path = Path(denoiser, schedule, timesteps, model_timesteps, convert_with)
+    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, convert_with)
     rho = path.sigma / path.alpha
     history: list[Tensor] = []  # eps_hat, the newest first
     for i, step_order in enumerate(multistep_orders(path.num_steps, order)):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
-from klray.core.solvers.path import Path
+from klray.core.solvers.trajectory import Trajectory
 
 
 def sample(
@@ -22,13 +22,13 @@ def sample(
     noise: Callable[[int], Tensor],
     convert_with: str = "net",
 ) -> Tensor:
-    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; grids and raises as ``Path``.
+    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; raises as ``Trajectory``.
 
     x_{i+1} = sigma_{i+1}/sigma_i e^{-h} x_i + alpha_{i+1} (1 - e^{-2h}) (D_i + (D_i - D_{i-1})/(2 r))
               + sigma_{i+1} sqrt(1 - e^{-2h}) noise(i),
     h = lam_{i+1} - lam_i,   r = (lam_i - lam_{i-1})/h,   D_i the estimate x0_hat at point i, alone in the first step.
     """
-    path = Path(denoiser, schedule, timesteps, model_timesteps, convert_with)
+    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, convert_with)
     before: Tensor | None = None
     for i in range(path.num_steps):
         h = path.lam[i + 1] - path.lam[i]

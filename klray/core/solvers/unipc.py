@@ -10,7 +10,7 @@ from torch import Tensor
 from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
 from klray.core.solvers import ddim
-from klray.core.solvers.path import Path, interpolation_weights, multistep_orders, phi
+from klray.core.solvers.trajectory import Trajectory, interpolation_weights, multistep_orders, phi_function
 
 
 def sample(
@@ -25,7 +25,7 @@ def sample(
     lower_order_final: str = "auto",
     convert_with: str = "net",
 ) -> Tensor:
-    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; grids and raises as ``Path``.
+    """Integrates x [B, C, H, W] from timesteps[0] to timesteps[-1] in N denoiser calls; raises as ``Trajectory``.
 
     With z = -h, m_0 the newest x0_hat, nodes r_j = (lam_{i-j} - lam_i)/h, D_j = (m_j - m_0)/r_j, and rho solving
     sum_j r_j^{k-1} rho_j = b_k = k! z phi_{k+1}(z)/B for k = 1, 2, ...:
@@ -43,12 +43,12 @@ def sample(
     """
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"variant must be bh1 or bh2, got {variant!r}")
-    path = Path(denoiser, schedule, timesteps, model_timesteps, convert_with)
+    path = Trajectory(denoiser, schedule, timesteps, model_timesteps, convert_with)
     history = [path.x0_hat(x, 0)]  # the newest first
     for i, p in enumerate(multistep_orders(path.num_steps, order, lower_order_final)):
         h = path.lam[i + 1] - path.lam[i]
         scale = -h if variant == "bh1" else torch.expm1(-h)
-        moments = [math.factorial(k) * -h * phi(k + 1, -h) / scale for k in range(1, p + 1)]
+        moments = [math.factorial(k) * -h * phi_function(k + 1, -h) / scale for k in range(1, p + 1)]
         nodes = [(path.lam[i - j] - path.lam[i]) / h for j in range(1, p)]
         differences = [(m - history[0]) / r for m, r in zip(history[1:p], nodes, strict=True)]
         first, half = ddim.step(path, x, history[0], i), torch.full_like(h, 0.5)

@@ -152,7 +152,7 @@ class Space:
 
     def describe(self) -> dict[str, Any]:
         """The whole space as plain JSON: the file, and in ``base`` what its config and ``set`` come to."""
-        base = self.base.identity()
+        base = self.base.defining()
         if any(objective.score for objective in self.objectives):
             measured = self.base.evaluation
             base["evaluation"] = measured.model_dump(include={"num_samples", "metrics", "features", "reference"})

@@ -11,7 +11,7 @@ from klray.config import override
 from klray.data.sources import load_images
 from klray.runs.checkpoint import load_latest
 from klray.runs.records import RecordWriter, read_records
-from klray.runs.run_dir import Turn, TurnError
+from klray.runs.run_dir import Fence, FencedError
 from klray.training.recorded import train_and_record
 
 CONFIG = override(
@@ -49,11 +49,11 @@ def test_others_have_gone_on(at: int, tmp_path: Path) -> None:
         if "train/loss" in metrics:
             steps.append(5 * (len(steps) + 1))
             if steps[-1] == at:
-                Turn(tmp_path)
+                Fence(tmp_path)
                 with RecordWriter(tmp_path) as writer:
                     writer.status("RUNNING")
 
-    with pytest.raises(TurnError, match="other workers go on with"):
+    with pytest.raises(FencedError, match="other workers go on with"):
         train(tmp_path, others_start)
     *_, last = [record for record, _ in read_records(tmp_path)]
     assert (last["kind"], last.get("status")) == ("status", "RUNNING")  # neither points nor FAILED behind it

@@ -11,7 +11,7 @@ from klray.core.denoiser import Denoiser
 from klray.core.schedule import Schedule
 
 
-class Path:
+class Trajectory:
     """A denoiser along a grid. ``alpha``, ``sigma``, ``lam``: [N + 1] float64, at the solver's times.
 
     Args:
@@ -100,7 +100,7 @@ def single_step_orders(orders: Sequence[int] | None, num_steps: int, order: int)
     return orders
 
 
-def phi(k: int, z: Tensor) -> Tensor:
+def phi_function(k: int, z: Tensor) -> Tensor:
     """phi_k(z) = int_0^1 e^{(1 - s) z} s^{k - 1} / (k - 1)! ds, the functions of exponential integrators, k >= 1."""
     direct, factorial = torch.expm1(z) / z, 1.0
     for j in range(1, k):
