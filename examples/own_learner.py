@@ -1,7 +1,7 @@
 """A learner of time grids of your own: plain gradient descent, eight pairs, two short rounds.
 
 From the folder of this file:
-klray ld3 --checkpoint runs/NAME --solvers unipc_3 --nfe 6 --optimizer own_learner:plain
+klray ld3 --checkpoint runs/NAME --solvers heun --nfe 4 --optimizer own_learner:plain
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 it needs.
 
 Commands that are run are run as written, in a folder with a user's files, but for MORE: what takes long gets a smaller
-budget, fewer images, pairs or trials appended. A comparison, which takes sixteen runs at least, is only planned here
+budget, fewer images, NFE, pairs or trials appended. A comparison, which takes sixteen runs at least, is only planned here
 and run in tests/comparison.
 """
 
@@ -32,10 +32,10 @@ LEARNED = {"learned", "gits", "dmn"}
 SMALL = "--set validation.images=32 --set sampling.images=4 --set sampling.num_steps=4 --runner local"
 MORE = {
     "train": f"{SMALL} --set budget.amount=640",
-    "evaluate": "--num-samples 10 --repeats 1 --tracking-uri off",
+    "evaluate": "--nfe 5 --num-samples 6 --repeats 1 --tracking-uri off",
     "tune": "--set trials=1 --set budget.amount=2000 --trial-runner inline --tracking-uri off",
     "compare": "--dry-run",
-    "ld3": "--pairs 10 --set validation_pairs=6 --set rounds_theta=1 --set rounds_both=1 --tracking-uri off",
+    "ld3": "--nfe 6 --pairs 10 --set validation_pairs=6 --set rounds_theta=1 --set rounds_both=1 --tracking-uri off",
 }
 
 
