@@ -2,7 +2,7 @@
 it needs.
 
 Commands that are run are run as written, in a folder with a user's files, but for MORE: what takes long gets a smaller
-budget, fewer images, NFE, pairs or trials appended. A comparison, which takes sixteen runs at least, is only planned here
+budget, fewer images, NFE, pairs or trials appended. A comparison, of sixteen runs at least, is only planned here
 and run in tests/comparison.
 """
 
