@@ -21,7 +21,7 @@ from klray.tracking.state import UploadState, load_state
 
 pytestmark = pytest.mark.slow
 SETTINGS = ["network.kind=mlp", "network.width=32", "budget.unit=steps", "budget.amount=60"]
-FIT = ["validation_pairs=10", "batch_size=5", "rounds_theta=1", "validate_every=2", "rounds_both=150"]
+FIT = ["validation_pairs=10", "batch_size=5", "rounds_theta=1", "validate_every=2", "rounds_both=60"]
 LD3 = ["--checkpoint", "runs/tiny", "--pairs", "30", "--teacher-nfe", "8", "--workers", "1", "--num-samples", "0"]
 LD3 += ["--solvers", "ddim", "--name", "pool", *(part for change in FIT for part in ("--set", change))]
 EVALUATE = ["--checkpoint", "runs/tiny", "--num-samples", "300", "--repeats", "1", "--metrics", "kid"]
